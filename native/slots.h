@@ -1,0 +1,48 @@
+/* slots.h - the read cache's table in RAM and its policy: which blocks are in which slot, which stay.
+ *
+ * Pure state, no I/O: the engine reads and writes slots and tells the table. Engine thread only.
+ * A slot holds slot_blocks consecutive blocks of one origin, aligned to slot_blocks, validity per block. RAM: 16
+ * bytes per slot (packed) + 4 bytes (checksum) per block + the sketch. Checksum 0 means: known to be zeroes,
+ * nothing stored. Policy: frequency decides and fades: a 4-bit counting sketch with ageing, an admission duel
+ * (candidate against CLOCK's victim), 2-bit counter per slot; O(1) per access.
+ */
+#ifndef MILLPOND_SLOTS_H
+#define MILLPOND_SLOTS_H
+
+#include "format.h"
+
+/* cdef: begin */
+struct mp_slots;
+struct mp_slots_counters { uint64_t used_slots, valid_blocks, evictions, admitted, rejected, invalidated,
+	ages; };
+struct mp_slots *mp_slots_new(uint32_t slot_count, uint32_t slot_blocks, uint64_t seed); /* NULL: errno */
+void mp_slots_free(struct mp_slots *slots);
+/* The slot that holds this block validly, or -1. checksum: 32 bits; restored: 1 when the entry came from a
+ * checkpoint and was not yet seen to verify (a mismatch is then staleness, not corruption). */
+int64_t mp_slots_find(const struct mp_slots *slots, uint32_t origin, uint64_t block, uint32_t *checksum,
+		      int *restored);
+void mp_slots_verified(struct mp_slots *slots, int64_t slot);
+void mp_slots_touch(struct mp_slots *slots, uint32_t origin, uint64_t block); /* one access, hit or miss */
+/* Make room for this block: its slot if it has one, else a free one, else the victim's if the candidate wins the
+ * duel. The slot is pinned for the caller. -1: not admitted, or everything looked at is pinned. */
+int64_t mp_slots_reserve(struct mp_slots *slots, uint32_t origin, uint64_t block);
+/* The data is in the slot: the block becomes valid. Slot must be reserved (pinned) for this key. */
+void mp_slots_install(struct mp_slots *slots, int64_t slot, uint64_t block, uint32_t checksum);
+void mp_slots_pin(struct mp_slots *slots, int64_t slot);    /* I/O in flight: not evicted, not refilled */
+void mp_slots_unpin(struct mp_slots *slots, int64_t slot);
+int mp_slots_pins(const struct mp_slots *slots, int64_t slot);
+void mp_slots_invalidate(struct mp_slots *slots, uint32_t origin, uint64_t first_block, uint64_t block_count);
+/* Invalidate a large range in slices of at most budget steps. Start with cursor 0; returns the next cursor, or
+ * UINT64_MAX when done. Chooses per-range or per-table order by which is shorter. */
+uint64_t mp_slots_sweep(struct mp_slots *slots, uint32_t origin, uint64_t first_block, uint64_t block_count,
+			uint64_t cursor, uint32_t budget);
+/* Checkpoint: entries [first, first + count) as struct mp_slot_entry each followed by slot_blocks uint32
+ * checksums. load: entries are marked restored; malformed ones are skipped. heat seeds the sketch. */
+uint64_t mp_slots_entry_bytes(const struct mp_slots *slots);
+void mp_slots_save(const struct mp_slots *slots, uint64_t first, uint64_t count, void *out);
+void mp_slots_load(struct mp_slots *slots, uint64_t first, uint64_t count, const void *in);
+void mp_slots_counters(const struct mp_slots *slots, struct mp_slots_counters *out);
+uint64_t mp_slots_memory_bytes(const struct mp_slots *slots);
+/* cdef: end */
+
+#endif
