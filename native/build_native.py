@@ -18,7 +18,9 @@ HEADERS = (
     "driver.h",
     "driver_sim.h",
     "record.h",
+    "policy.h",
     "slots.h",
+    "buffers.h",
     "store.h",
     "engine.h",
 )
