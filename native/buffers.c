@@ -64,6 +64,9 @@ static int class_open(struct size_class *class, uint64_t size_bytes, uint64_t bu
 		    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	if (base == MAP_FAILED)
 		return -ENOMEM;
+	/* A huge page would back 2 MiB for one buffer of 4 KiB, and come again after make_room.
+	 * Refused only by kernels without huge pages. */
+	(void)madvise(base, range_bytes(class), MADV_NOHUGEPAGE);
 	class->base = base;
 	return 0;
 }

@@ -23,8 +23,8 @@ enum {
 	LINE_BYTES = 64,
 	ROW_COUNTERS = 32,      /* 4 rows of 2 words of 16 counters */
 	COUNTER_MAX = 15,
-	BYTES_PER_KEY = 8,      /* 16 counters; half costs 0.8 points of hits, double gains 0.4 */
-	PERIODS = 10,           /* 5 costs 0.6 points, 20 loses on what changes fastest */
+	BYTES_PER_KEY = 8,      /* 16 counters; half costs 0.4 points of hits, double gains 0.2 */
+	PERIODS = 10,           /* 5 costs 0.5 points; 20 gains 0.1 but forgets late */
 	AGE_LINES = 8,
 	TIE_SHIFT = 7,          /* one tie in 128 goes to the candidate */
 };

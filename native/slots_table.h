@@ -10,7 +10,7 @@ enum {
 	HEAT_MAX = 3,        /* 2-bit counter: each CLOCK pass takes one */
 	CLOCK_LOOKS = 64,    /* slots examined per eviction at most */
 	WINDOW_LOOKS = 8,    /* window entries examined per eviction at most */
-	WINDOW_PERCENT = 5,  /* of the slots; measured in README-slots.md */
+	WINDOW_PERCENT = 10, /* of the slots; measured in README-slots.md */
 	PINS_BUSY = 192,     /* from here on find and reserve do not hand the slot out any more */
 	KEY_UNIT_BITS = 40,
 	VISITS = 256,        /* slots whose latest pass is remembered, see visit_begins */
