@@ -8,11 +8,11 @@ handover: once the client has its answer, the engine has its socket.
 Happy path:
     serve_unix(path) -> accept -> negotiate -> exports.open -> reply -> handover(sock, received)
 Failure modes:
-    client breaks the protocol, stalls, leaves -> its connection ends; logged once per kind, counted
+    client breaks the protocol or stalls       -> it is cut off; counted, logged once per kind
     too many handshakes                        -> more wait in the listen backlog
     too many connections                       -> accepted and closed at once
     out of descriptors                         -> accepting pauses, then goes on
-    client leaves after open                   -> release()
+    client leaves                              -> counted; after open: release() too
     close()                                    -> no new ones; handshakes drain, late ones are cut
 """
 
@@ -118,7 +118,7 @@ class NbdServer:
                 sock, _ = await loop.sock_accept(listener)
             except OSError as error:
                 self._slots.release()
-                self._note("cannot accept", str(error))
+                self._note("cannot accept", f"cannot accept: {error}")
                 await asyncio.sleep(self._limits.accept_pause_s)
                 continue
             except BaseException:
@@ -144,10 +144,12 @@ class NbdServer:
         except ProtocolError as error:
             self._note(error.kind, str(error))
         except TimeoutError:
-            limit = f"handshake took longer than {self._limits.client_timeout_s} s"
-            self._note("client too slow", limit)
+            limit_s = self._limits.client_timeout_s
+            self._note("client too slow", f"client too slow: no export within {limit_s} s")
+        except (BrokenPipeError, ConnectionResetError):
+            self.counts["client left"] += 1  # a probe of the port, a killed tool: not worth a line
         except OSError as error:
-            self._note("connection lost in handshake", str(error))
+            self._note("socket failed", f"socket failed: {error}")
         except Exception:
             # One guest's bad luck with a bug of ours must not end the listener of the others.
             self.counts["internal error"] += 1
@@ -155,12 +157,11 @@ class NbdServer:
         finally:
             sock.close()  # of a socket that was handed over, and so detached: does nothing
 
-    def _note(self, kind: str, detail: str) -> None:
+    def _note(self, kind: str, text: str) -> None:
         """Count; log the first of a kind.  A client can repeat its mistake a million times."""
         self.counts[kind] += 1
         if self.counts[kind] == 1:
-            text = "NBD client: %s: %s (more of this kind are counted, not logged)"
-            _log.warning(text, kind, ascii(detail))
+            _log.warning("NBD listener: %s (more of this kind are counted, not logged)", text)
 
 
 class _Negotiation:
@@ -181,7 +182,7 @@ class _Negotiation:
             if event is None:
                 await self._send()
                 if not await self._receive():
-                    return "left between options"
+                    return "client left"
             elif isinstance(event, Ended):
                 await self._send()
                 return event.reason

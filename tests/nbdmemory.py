@@ -7,6 +7,7 @@ connection, one request at a time, one lock per disk.
 
 import socket
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from millpond.cache.exports import Export, ExportError
@@ -57,10 +58,8 @@ class MemoryDisk:
     def stop(self) -> None:
         """End all connections and wait for their threads."""
         for sock in self.sockets:
-            try:
+            with suppress(OSError):  # it ended by itself
                 sock.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass  # it ended by itself
         for thread in self.threads:
             thread.join(timeout=10)
             assert not thread.is_alive()
