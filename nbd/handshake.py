@@ -111,6 +111,7 @@ class Handshake:
         )
         self._client_flags: HandshakeFlag | None = None
         self._pending: _Pending | None = None
+        self._event: Event | None = None
         self._ended: Ended | None = None
         self._finished = False
         self._options_left = self._limits.options_max
@@ -139,8 +140,8 @@ class Handshake:
         """The next thing to answer; None: more bytes are needed.  Raises ProtocolError."""
         assert self._pending is None and not self._finished
         while self._ended is None and self._step():
-            if (event := self._event) is not None:
-                self._event = None
+            if self._event is not None:
+                event, self._event = self._event, None
                 return event
         return self._ended
 
@@ -194,8 +195,6 @@ class Handshake:
             self._refuse(option, _REFUSALS[code], message)
 
     # Parsing.  A step consumes one whole message or nothing.
-
-    _event: Event | None = None
 
     def _step(self) -> bool:
         """Consume one message if it is complete."""

@@ -32,7 +32,8 @@ class NbdLimits:
     handshakes_max: int = 64
     # Connections of all exports, those in the engine included.  Beyond it: accepted and closed.
     connections_max: int = 1024
-    listen_backlog: int = 128
+    # Clients that connect without blocking (libnbd) fail at once when the backlog is full.
+    listen_backlog: int = 1024
     # How long one handshake may wait for its client, all waits together (qemu: 10 s too).
     client_timeout_s: float = 10.0
     # How long an export may take to be described or opened: a store that does not answer.

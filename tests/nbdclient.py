@@ -115,9 +115,12 @@ def connect_socket(uri: str, *, timeout_s: float = 30.0) -> socket.socket:
     where = parse_uri(uri)
     sock = socket.socket(where.family, socket.SOCK_STREAM)
     try:
-        sock.settimeout(timeout_s)
-        sock.connect(where.address)
-        if where.family != socket.AF_UNIX:
+        if where.family == socket.AF_UNIX:
+            sock.connect(where.address)  # with a timeout, a full backlog would be EAGAIN at once
+            sock.settimeout(timeout_s)
+        else:
+            sock.settimeout(timeout_s)
+            sock.connect(where.address)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     except BaseException:
         sock.close()

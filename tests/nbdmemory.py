@@ -158,7 +158,10 @@ class _Transmission:
 
     def _judge(self, flags: int, command: int, offset: int, length_bytes: int) -> Error:
         """The error that a request deserves before anything is done."""
-        if command not in _ALLOWED or flags & ~(_ALLOWED[Command(command)] | CommandFlag.FUA):
+        if command not in _ALLOWED:
+            return Error.EINVAL
+        # int: the complement of an IntFlag has only the bits that have names.
+        if flags & ~int(_ALLOWED[Command(command)] | CommandFlag.FUA):
             return Error.EINVAL
         if command in _MUTATIONS and TransmissionFlag.READ_ONLY in self._flags:
             return Error.EPERM
