@@ -423,3 +423,36 @@ def test_close_leaves_a_successors_socket_file_alone(served: Served, loop: LoopT
         successor.bind(served.path)
         loop.run(server.close())
         assert os.path.exists(served.path)
+
+
+def test_failing_accept_pauses_and_is_logged_once(
+    served: Served, loop: LoopThread, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = served.start(accept_pause_s=0.02)
+    server._listeners[0].shutdown(socket.SHUT_RDWR)  # accept fails from here on
+    wait_until(lambda: server.counts["cannot accept"] >= 5)
+    loop.run(server.close())
+    assert len(caplog.records) == 1
+
+
+class BrokenExports(MemoryExports):
+    """A bug of ours."""
+
+    async def describe(self, name: str) -> Export:
+        """Break."""
+        raise RuntimeError("a bug")
+
+
+def test_bug_behind_one_client_does_not_end_the_listener(
+    served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    served.exports = BrokenExports(VOLUME)
+    server = served.start()
+    with connect_socket(served.uri()) as sock:
+        negotiation = Negotiation(sock)
+        negotiation.greet()
+        with pytest.raises(ConnectionLost):
+            negotiation.info("vol")
+    assert server.counts["internal error"] == 1
+    assert "RuntimeError: a bug" in caplog.text
+    connect(served.uri()).close()
