@@ -429,8 +429,11 @@ def test_failing_accept_pauses_and_is_logged_once(
     served: Served, loop: LoopThread, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = served.start(accept_pause_s=0.02)
-    server._listeners[0].shutdown(socket.SHUT_RDWR)  # accept fails from here on
+    deaf = socket.socket(socket.AF_UNIX)  # never listens: each accept fails, as without descriptors
+    deaf.setblocking(False)
+    loop.loop.call_soon_threadsafe(server._serve, deaf)
     wait_until(lambda: server.counts["cannot accept"] >= 5)
+    connect(served.uri()).close()
     loop.run(server.close())
     assert len(caplog.records) == 1
 
