@@ -1,1 +1,1 @@
-"""The main job, shown on a real guest: a disk goes in, a guest boots, the cache dies, nothing is lost."""
+"""The main job on a real guest: a disk goes in, the cache dies, nothing is lost."""

@@ -40,8 +40,7 @@ def stored_bytes(directory: Path) -> int:
 def hit_rate(before: Any, after: Any) -> tuple[int, int]:
     """(hit blocks, all blocks that were read from cache or store) between two statuses."""
     hits, misses = (
-        number(after, key) - number(before, key)
-        for key in ("read_hit_blocks", "read_miss_blocks")
+        number(after, key) - number(before, key) for key in ("read_hit_blocks", "read_miss_blocks")
     )
     return hits, hits + misses
 
@@ -118,7 +117,8 @@ class Demo:
             with step("stop millpond up with SIGTERM"):
                 self.server.stop()
         used_bytes = report.value("used", "kib") * 1024
-        print(f"\nhit rate of the second boot: {hits / max(reads, 1):.1%} ({hits} of {reads} blocks)")
+        rate = hits / max(reads, 1)
+        print(f"\nhit rate of the second boot: {rate:.1%} ({hits} of {reads} blocks)")
         print(
             f"bytes at the store: {at_store / MIB:.0f} MiB for {used_bytes / MIB:.0f} MiB "
             f"in the guest ({at_store / used_bytes:.2f})"

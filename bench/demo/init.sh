@@ -31,7 +31,10 @@ mount -t ext4 /dev/vda /mnt || fail "mount"
 cd /mnt || fail "cd"
 
 verify() { # manifest, what
-    sha256sum -c "$1" > /tmp.log 2>&1 || { grep -v ': OK$' /tmp.log | head -n 5; fail "checksums of $2"; }
+    if ! sha256sum -c "$1" > /tmp.log 2>&1; then
+        grep -v ': OK$' /tmp.log | head -n 5
+        fail "checksums of $2"
+    fi
     say "verified what=$2 files=$(wc -l < "$1")"
 }
 
@@ -42,7 +45,7 @@ case " $(cat /proc/cmdline) " in
     i=0
     while [ $i -lt 400 ]; do
         i=$((i + 1))
-        echo "file $i, written by the guest before the cache was killed" > "new/small-$i" || fail "write"
+        echo "file $i, written before the cache was killed" > "new/small-$i" || fail "write"
     done
     dd if=/dev/urandom of=new/random bs=65536 count=128 2> /dev/null || fail "write"
     head -n 2000 SHA256SUMS | cut -c67- > /list
