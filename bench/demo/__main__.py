@@ -13,8 +13,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+from daemon import Daemon, number
 from demo import guest, image, initramfs, kernel
-from demo.server import Server, number
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ROOT / ".run"
@@ -50,7 +50,7 @@ class Demo:
 
     def __init__(self, millpond: Path) -> None:
         arguments = ["--size", "1GiB", "--cache-size", "512MiB"]
-        self.server = Server(millpond, RUN / "demo", arguments, WORK / "millpond.log")
+        self.server = Daemon(millpond, RUN / "demo", arguments, WORK / "millpond.log")
         self.initramfs = WORK / "initramfs.cpio"
         self.kernel: kernel.Kernel
         self.accel = "tcg"

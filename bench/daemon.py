@@ -1,8 +1,8 @@
-"""The `millpond up` process of the demo, driven only through its command line.
+"""One `millpond up` process, driven only through its command line, for demo and benchmarks.
 
 Happy path: started, prints its nbd+unix:// URI, answers `millpond status`, ends with 0 on
 SIGTERM. Failure modes: it ends before it is ready or does not get ready in time: its last
-lines are shown. Whatever happens to the demo, close() leaves no process behind.
+lines are shown. Whatever happens to its user, close() leaves no process behind.
 """
 
 import json
@@ -31,7 +31,7 @@ def number(status: Any, key: str) -> int:
     return total
 
 
-class Server:
+class Daemon:
     """One Millpond directory and the process that serves it."""
 
     def __init__(self, millpond: Path, directory: Path, arguments: list[str], log: Path) -> None:
@@ -86,6 +86,15 @@ class Server:
                 raise SystemExit(f"not destaged after {timeout_s:.0f} s")
             time.sleep(0.1)
         return time.perf_counter() - begin
+
+    def format_cache(self) -> None:
+        """Make the stopped daemon's cache device empty; nothing on it may be dirty."""
+        assert self._process is None
+        device = self.directory / "cache.img"
+        size_bytes = device.stat().st_size
+        command = [str(self.millpond), "cache", "format", str(device), "--force"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        assert device.stat().st_size == size_bytes
 
     def kill(self) -> None:
         """kill -9, as a crash would."""
