@@ -61,9 +61,9 @@ define install
 				sudo=(sudo)
 				command -v sudo > /dev/null || $(call give_up,not root and no sudo)
 			fi
-			"$${sudo[@]}" apt-get -q update
+			"$${sudo[@]}" apt-get -qq update
 			"$${sudo[@]}" env DEBIAN_FRONTEND=noninteractive \
-				apt-get -q install -y --no-install-recommends "$${missing[@]}"
+				apt-get -qq install -y --no-install-recommends "$${missing[@]}"
 		fi
 	fi
 	mkdir -p $(RUN)
@@ -73,11 +73,11 @@ endef
 $(RUN)/build.packages: Makefile
 	$(call install,build,$(BUILD_PACKAGES))
 $(RUN)/demo.packages: Makefile
-	$(call install,demo,$(DEMO_PACKAGES))
+	$(call install,demo,$(BUILD_PACKAGES) $(DEMO_PACKAGES))
 $(RUN)/test.packages: Makefile
-	$(call install,test,$(TEST_PACKAGES))
+	$(call install,test,$(BUILD_PACKAGES) $(TEST_PACKAGES))
 $(RUN)/bench.packages: Makefile
-	$(call install,bench,$(BENCH_PACKAGES))
+	$(call install,bench,$(BUILD_PACKAGES) $(BENCH_PACKAGES))
 
 # The virtual environment: Millpond editable, its dependencies and the developer's tools.
 $(RUN)/venv: pyproject.toml | $(RUN)/build.packages
@@ -89,7 +89,7 @@ $(RUN)/venv: pyproject.toml | $(RUN)/build.packages
 
 # The C core again, in place, after an edit.
 $(RUN)/native: $(RUN)/venv $(NATIVE)
-	@$(VENV)/bin/python -c 'import setuptools; setuptools.setup()' -q build_ext --inplace
+	@$(VENV)/bin/python -W ignore -c 'import setuptools; setuptools.setup()' -q build_ext --inplace
 	touch $@
 
 build: $(RUN)/native
