@@ -87,9 +87,12 @@ $(RUN)/venv: pyproject.toml | $(RUN)/build.packages
 	$(VENV)/bin/pip install -q --disable-pip-version-check -e '.[dev]'
 	touch $@
 
+BUILD_EXT := $(VENV)/bin/python -W ignore -c 'import setuptools; setuptools.setup()' -q \
+	build_ext --inplace
+
 # The C core again, in place, after an edit.
 $(RUN)/native: $(RUN)/venv $(NATIVE)
-	@$(VENV)/bin/python -W ignore -c 'import setuptools; setuptools.setup()' -q build_ext --inplace
+	@$(BUILD_EXT)
 	touch $@
 
 build: $(RUN)/native

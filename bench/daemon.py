@@ -59,7 +59,8 @@ class Daemon:
         while time.perf_counter() - begin < timeout_s:
             found = URI.search(self.log.read_text(errors="replace"))
             if found:
-                self.socket, self.export = Path(found["socket"]), found["export"] or ""
+                self.socket = Path(found["socket"])
+                self.export = found["export"] or self.only_volume()
                 return time.perf_counter() - begin
             if self._process.poll() is not None:
                 break
@@ -73,6 +74,11 @@ class Daemon:
         if done.returncode:
             raise SystemExit(f"{' '.join(command)}: exit code {done.returncode}")
         return done.stdout
+
+    def only_volume(self) -> str:
+        """The name of the one volume: the URI may leave it out, commands need it."""
+        (volume,) = json.loads(self.run("volume", "list", "--json"))
+        return str(volume["name"])
 
     def status(self) -> Any:
         """`millpond status --json`, parsed."""

@@ -79,7 +79,7 @@ class Demo:
             self.server.start()
             notes.append(f"pid {self.server.pid}")
         with step("import the image") as notes:
-            self.server.run("volume", "import", self.server.export or "disk", str(built.path))
+            self.server.run("volume", "import", str(built.path), self.server.export)
             notes.append(f"{built.path.stat().st_blocks * 512 // MIB} MiB allocated in it")
 
     def boot(self, which: str) -> guest.Report:
