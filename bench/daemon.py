@@ -113,7 +113,10 @@ class Daemon:
         """SIGTERM; must end with exit code 0."""
         assert self._process is not None
         self._process.send_signal(signal.SIGTERM)
-        code = self._process.wait(timeout_s)
+        try:
+            code = self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise SystemExit(f"millpond up still runs {timeout_s:.0f} s after SIGTERM") from None
         self._process = None
         if code:
             raise SystemExit(f"millpond up ended with {code}:\n{self.log.read_text()[-2000:]}")

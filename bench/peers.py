@@ -123,6 +123,14 @@ def rate_text(job: fio.Job, rate_per_s: float) -> str:
     return f"{rate_per_s:,.0f}/s"
 
 
+def ratio(table_of: dict[tuple[str, str], Measured], job: str, name: str, to: str) -> str:
+    """One server's rate as a multiple of another's in the same job."""
+    if (job, to) not in table_of:
+        return "-"
+    rates = [table_of[job, server].figures.rate_per_s for server in (name, to)]
+    return f"{rates[0] / rates[1]:.2f}"
+
+
 def show(table_of: dict[tuple[str, str], Measured], disk_bytes: int) -> None:
     """One table, a row per job and target, with the ratios to qemu-nbd and to the raw file."""
     table = Table(title="the same work over Millpond and peers, median round")
@@ -135,10 +143,7 @@ def show(table_of: dict[tuple[str, str], Measured], disk_bytes: int) -> None:
         for name in names:
             run = table_of[job.name, name]
             figures = run.figures
-            ratios = [
-                f"{figures.rate_per_s / table_of[job.name, other].figures.rate_per_s:.2f}"
-                for other in ("qemu-nbd", "raw")
-            ]
+            ratios = [ratio(table_of, job.name, name, to) for to in ("qemu-nbd", "raw")]
             written = amplification = "-"
             if run.device_bytes is not None:
                 written = f"{run.device_bytes / MIB:,.0f}"
