@@ -6,8 +6,9 @@
  * Rules: little endian, natural alignment, no packed structs, holes are named `reserved`, written as
  * zero and checked on read. Magic and checksum come first; 0 is never a valid address or checksum.
  * An unknown incompatible feature bit refuses the object; an unknown compatible bit is ignored.
- * Checksums are XXH3-64. Headers: unseeded, over everything behind the checksum field. Data: seeded
- * with (origin volume, block), see mp_data_seed in record.h, so that a block in the wrong place fails.
+ * Checksums are XXH3-64. Headers: unseeded (but see mp_frame), over everything behind the checksum
+ * field. Data: seeded with (origin volume, block), see mp_volume_seed in record.h, so that a block in
+ * the wrong place fails.
  */
 #ifndef MILLPOND_FORMAT_H
 #define MILLPOND_FORMAT_H
@@ -128,7 +129,9 @@ struct mp_cache_super {
 	uint8_t reserved[3912];
 };
 
-/* checkpoint = header | volumes | index entries | tombstones | slot table, each count given here */
+/* checkpoint = header | volumes | segment table | index entries | tombstones | slot table; the
+ * fuzzy parts (index, slots) may hold changes made while it was written: the log from each volume's
+ * head on is replayed over them. Counts are given here; index_count is final when the header is sealed */
 struct mp_cache_checkpoint {
 	uint64_t magic;
 	uint64_t checksum;             /* over the header behind this field */
@@ -138,7 +141,8 @@ struct mp_cache_checkpoint {
 	uint64_t tombstone_count;
 	uint64_t slot_count;
 	uint64_t slot_blocks;
-	uint64_t reserved[8];
+	uint64_t segment_count;
+	uint64_t reserved[7];
 };
 
 /* One volume as the cache remembers it: identity, position and the ends of its chain. */
@@ -157,13 +161,18 @@ struct mp_cache_volume {
 	uint64_t head_incarnation;
 	uint64_t slots_sequence;       /* slots of this volume are valid for this position */
 	uint32_t origin;               /* small number of this volume in slot keys */
-	uint32_t flags;
-	uint64_t reserved[5];
+	uint32_t number;               /* small number of this volume in the log index */
+	uint64_t flags;
+	uint64_t reserved[4];
 };
 
+/* One log segment: which chain holds it. state 0: free, then the rest is zero; 1: in a chain. */
+struct mp_segment_entry { uint64_t ordinal; uint32_t number; uint32_t state; };
+
+/* address: in 4 KiB units from the start of the device; 0: the block is zeroes. */
 struct mp_index_entry { uint64_t block; uint64_t sequence; uint64_t checksum; uint32_t address;
-	uint32_t origin; };
-struct mp_tombstone { uint64_t first_block; uint64_t block_count; uint64_t sequence; uint32_t origin;
+	uint32_t number; };
+struct mp_tombstone { uint64_t first_block; uint64_t block_count; uint64_t sequence; uint32_t number;
 	uint32_t flags; };
 struct mp_slot_entry { uint64_t key; uint32_t reserved0; uint16_t valid; uint8_t heat;
 	uint8_t reserved1; }; /* key: origin << 40 | slot-sized block; followed by the checksums */
@@ -248,7 +257,8 @@ struct mp_frame {
 	uint32_t magic;
 	uint16_t version;
 	uint16_t type;                 /* enum mp_frame_type */
-	uint64_t checksum;             /* header behind this field and the first checked_bytes of payload */
+	uint64_t checksum;             /* header behind this field and the first checked_bytes of payload;
+					* seeded with the 8 bytes before it, so that they count too */
 	uint32_t payload_bytes;
 	uint32_t checked_bytes;        /* what follows carries its own checksums (records, stored extents) */
 	uint32_t status;               /* enum mp_status, replies only */
@@ -287,7 +297,7 @@ struct mp_piece {
 	struct mp_extent extent;       /* as stored; the wanted blocks lie within */
 };
 
-/* BATCH: payload = the records of one batch, all parts in order, each 8-byte aligned. */
+/* BATCH: payload = the records of one batch, all parts in order, each followed by zeroes to 8 bytes. */
 struct mp_batch_reply {            /* BATCH_REPLY: payload; checked */
 	uint8_t volume[16];
 	uint64_t epoch;                /* the store's */
@@ -313,6 +323,7 @@ _Static_assert(offsetof(struct mp_record, incarnation) == 112, "record");
 _Static_assert(sizeof(struct mp_cache_super) == MP_BLOCK_BYTES, "cache superblock");
 _Static_assert(sizeof(struct mp_cache_checkpoint) == 128, "checkpoint");
 _Static_assert(sizeof(struct mp_cache_volume) == 160, "cache volume");
+_Static_assert(sizeof(struct mp_segment_entry) == 16, "segment entry");
 _Static_assert(sizeof(struct mp_index_entry) == 32, "index entry");
 _Static_assert(sizeof(struct mp_tombstone) == 32, "tombstone");
 _Static_assert(sizeof(struct mp_slot_entry) == 16, "slot entry");
