@@ -113,6 +113,12 @@ bool fill_allowed(struct volume *volume, uint64_t block, uint64_t generation)
 	       !tombstones_find(&volume->tombstones, block);
 }
 
+static void unclaim(struct mp_engine *engine, int64_t slot, uint32_t count)
+{
+	while (count--)
+		mp_slots_unpin(engine->slots, slot);
+}
+
 static void fill_done(struct mp_io *io)
 {
 	struct fill *fill = io->context;
@@ -130,7 +136,7 @@ static void fill_done(struct mp_io *io)
 		if (fill_allowed(volume, block, fill->generation))
 			mp_slots_install(engine->slots, fill->slot, block, fill->checksums[i]);
 	}
-	mp_slots_unpin(engine->slots, fill->slot);
+	unclaim(engine, fill->slot, fill->count);
 	free(fill);
 	read->fills--;
 	read_release(read);
@@ -168,48 +174,62 @@ static bool fill_is_zero(const struct fill *fill)
 	return true;
 }
 
-/* Blocks [first, first + count) of the read, all of one slot. */
-static void fill_slot(struct read *read, uint32_t first, uint32_t count, uint64_t generation)
+/* Claim consecutive blocks of one slot, from first on; returns how many. A block that is valid, being filled, or
+ * changed since the miss ends the run. */
+static uint32_t claim(struct read *read, uint32_t first, uint32_t count, uint64_t generation,
+		      int64_t *slot)
+{
+	struct volume *volume = read->volume;
+	uint32_t claimed = 0;
+
+	while (claimed < count) {
+		uint64_t block = read->first_block + first + claimed;
+		int64_t got = fill_allowed(volume, block, generation)
+				      ? mp_slots_reserve(volume->engine->slots, volume->origin, block)
+				      : -1;
+		if (got < 0)
+			break;
+		*slot = got;
+		claimed++;
+	}
+	return claimed;
+}
+
+/* Fill what can be claimed of blocks [first, first + count), all of one slot; returns the blocks dealt with. */
+static uint32_t fill_slot(struct read *read, uint32_t first, uint32_t count, uint64_t generation)
 {
 	struct volume *volume = read->volume;
 	struct mp_engine *engine = volume->engine;
 	struct fill *fill;
-	uint32_t i, checksum;
-	int restored;
-	int64_t slot;
+	int64_t slot = -1;
+	uint32_t i, claimed = claim(read, first, count, generation, &slot);
 
-	for (i = 0; i < count; i++)
-		if (!fill_allowed(volume, read->first_block + first + i, generation) ||
-		    mp_slots_find(engine->slots, volume->origin, read->first_block + first + i,
-				  &checksum, &restored) >= 0)
-			return; /* changed meanwhile, or another fill was first */
-	slot = mp_slots_reserve(engine->slots, volume->origin, read->first_block + first);
-	if (slot < 0)
-		return;
-	fill = mp_slots_pins(engine->slots, slot) == 1 ? calloc(1, sizeof *fill) : NULL;
-	if (!fill) { /* I/O in flight on this slot could see a block change under it */
-		mp_slots_unpin(engine->slots, slot);
-		return;
+	if (claimed == 0)
+		return 1;
+	fill = calloc(1, sizeof *fill);
+	if (!fill) {
+		unclaim(engine, slot, claimed);
+		return claimed;
 	}
 	fill->read = read;
 	fill->first = first;
-	fill->count = count;
+	fill->count = claimed;
 	fill->slot = slot;
 	fill->generation = generation;
-	for (i = 0; i < count; i++) {
+	for (i = 0; i < claimed; i++) {
 		const uint8_t *data = read->buffer + (uint64_t)(first + i) * MP_BLOCK_BYTES;
 		uint32_t low = (uint32_t)mp_block_checksum(
 			volume->seed, read->first_block + first + i, data, MP_BLOCK_BYTES);
 		fill->checksums[i] = mp_is_zero(data, MP_BLOCK_BYTES) ? 0 : low ? low : 1;
 	}
 	if (fill_is_zero(fill)) {
-		for (i = 0; i < count; i++)
+		for (i = 0; i < claimed; i++)
 			mp_slots_install(engine->slots, slot, read->first_block + first + i, 0);
-		mp_slots_unpin(engine->slots, slot);
+		unclaim(engine, slot, claimed);
 		free(fill);
-		return;
-	}
-	fill_submit(engine, fill);
+	} else
+		fill_submit(engine, fill);
+	return claimed;
 }
 
 static void fill_run(struct read *read, uint32_t first, uint32_t count, uint64_t generation)
@@ -219,9 +239,9 @@ static void fill_run(struct read *read, uint32_t first, uint32_t count, uint64_t
 	while (count && engine->fills_inflight < FILLS_MAX) {
 		uint64_t within = (read->first_block + first) % engine->slot_blocks;
 		uint64_t room = engine->slot_blocks - within;
-		uint32_t run = count < room ? count : (uint32_t)room;
+		uint32_t run = fill_slot(read, first, count < room ? count : (uint32_t)room,
+					 generation);
 
-		fill_slot(read, first, run, generation);
 		first += run;
 		count -= run;
 	}

@@ -156,7 +156,7 @@ static void verify(struct part *part)
 			if (low != source->checksum)
 				slot_block_bad(read, i);
 			else if (source->restored)
-				mp_slots_verified(engine->slots, source->place);
+				mp_slots_verified(engine->slots, source->place, read->first_block + i);
 		}
 	}
 }

@@ -106,38 +106,54 @@ static void promotion_done(struct mp_io *io)
 			engine->counters.promoted_blocks++;
 		}
 		forget_block(volume, block, promotion->address + i);
+		mp_slots_unpin(engine->slots, promotion->slot);
 	}
-	mp_slots_unpin(engine->slots, promotion->slot);
 	free(promotion);
 	engine->release.fills--;
 }
 
-static bool promote(struct mp_engine *engine, const struct mp_extent *extent, uint64_t block,
-		    uint32_t count, const uint8_t *data, uint32_t address)
+static uint32_t claim(struct volume *volume, uint64_t block, uint32_t count, int64_t *slot)
 {
-	struct volume *volume = engine->release.volume;
-	struct promotion *promotion;
-	uint32_t i;
-	int64_t slot = mp_slots_reserve(engine->slots, volume->origin, block);
+	uint32_t claimed = 0;
 
-	if (slot < 0)
-		return false;
-	promotion = mp_slots_pins(engine->slots, slot) == 1 ? calloc(1, sizeof *promotion) : NULL;
+	while (claimed < count) {
+		int64_t got = mp_slots_reserve(volume->engine->slots, volume->origin,
+					       block + claimed);
+		if (got < 0)
+			break;
+		*slot = got;
+		claimed++;
+	}
+	return claimed;
+}
+
+/* Write what the slots admit of consecutive blocks of one slot; returns how many of them. */
+static uint32_t promote(struct mp_engine *engine, const struct mp_extent *extent, uint64_t block,
+			uint32_t count, const uint8_t *data, uint32_t address)
+{
+	struct promotion *promotion;
+	int64_t slot = -1;
+	uint32_t i, claimed = claim(engine->release.volume, block, count, &slot);
+
+	if (claimed == 0)
+		return 0;
+	promotion = calloc(1, sizeof *promotion);
 	if (!promotion) {
-		mp_slots_unpin(engine->slots, slot);
-		return false;
+		for (i = 0; i < claimed; i++)
+			mp_slots_unpin(engine->slots, slot);
+		return 0;
 	}
 	promotion->engine = engine;
 	promotion->slot = slot;
 	promotion->first_block = block;
-	promotion->count = count;
+	promotion->count = claimed;
 	promotion->address = address;
-	for (i = 0; i < count; i++) {
+	for (i = 0; i < claimed; i++) {
 		uint32_t low = (uint32_t)extent->checksum[block - extent->first_block + i];
 		promotion->checksums[i] = low ? low : 1;
 	}
 	promotion->iov.iov_base = (void *)(uintptr_t)data;
-	promotion->iov.iov_len = (size_t)count * MP_BLOCK_BYTES;
+	promotion->iov.iov_len = (size_t)claimed * MP_BLOCK_BYTES;
 	promotion->io.op = MP_OP_WRITE;
 	promotion->io.iov = &promotion->iov;
 	promotion->io.iov_count = 1;
@@ -151,32 +167,31 @@ static bool promote(struct mp_engine *engine, const struct mp_extent *extent, ui
 	engine->counters.slot_writes++;
 	engine->counters.slot_bytes_written += promotion->iov.iov_len;
 	engine_submit(engine, &promotion->io);
-	return true;
+	return claimed;
 }
 
 static void release_data(struct mp_engine *engine, const struct mp_extent *extent,
 			 const uint8_t *data, uint32_t address)
 {
 	struct volume *volume = engine->release.volume;
-	uint32_t i, run;
+	uint32_t i, run, kept;
 
 	for (i = 0; i < extent->block_count; i += run) {
 		uint64_t block = extent->first_block + i;
 		uint64_t room = engine->slot_blocks - block % engine->slot_blocks;
 		bool good = is_current(volume, block, address + i);
-		uint32_t j;
 
 		for (run = 1; i + run < extent->block_count && run < room &&
 			      is_current(volume, block + run, address + i + run) == good;
 		     run++)
 			;
+		kept = 0;
 		if (good && mp_extent_verify(extent, i, run, data + (uint64_t)i * MP_BLOCK_BYTES,
-					     (uint64_t)run * MP_BLOCK_BYTES) == 0 &&
-		    promote(engine, extent, block, run, data + (uint64_t)i * MP_BLOCK_BYTES,
-			    address + i))
-			continue;
-		for (j = 0; j < run; j++)
-			forget_block(volume, block + j, address + i + j);
+					     (uint64_t)run * MP_BLOCK_BYTES) == 0)
+			kept = promote(engine, extent, block, run,
+				       data + (uint64_t)i * MP_BLOCK_BYTES, address + i);
+		for (; kept < run; kept++)
+			forget_block(volume, block + kept, address + i + kept);
 	}
 }
 

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from millpond.native._native import ffi, lib
 
-SIZES = [4096 * 4**n for n in range(5)]
+SIZES = [4096 << 2 * n for n in range(5)]
 LENGTHS = st.sampled_from([0, 1, 4096, 4097, 16384, 65536, 65537, 262144, 262145, 1048576])
 
 

@@ -79,9 +79,11 @@ def access(table: Any, block: int, origin: int = 1) -> bool:
 class SlotsMachine(RuleBasedStateMachine):
     """Everything the engine may do, in any order."""
 
-    @initialize(slot_count=st.integers(1, 6), slot_blocks=st.sampled_from([1, 2, 4, 16]))
+    @initialize(
+        slot_count=st.integers(1, 6) | st.just(30), slot_blocks=st.sampled_from([1, 2, 4, 16])
+    )
     def create(self, slot_count: int, slot_blocks: int) -> None:
-        """A table so small that it is full at once."""
+        """A table so small that it is full at once, or one with three slots of window."""
         self.slot_count, self.slot_blocks = slot_count, slot_blocks
         self.table = new(slot_count, slot_blocks, seed=slot_count)
         self.model = SlotsModel(slot_count, slot_blocks)
