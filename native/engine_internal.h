@@ -21,7 +21,7 @@
 #include "driver.h"
 #include "engine.h"
 #include "format.h"
-#include "limits.h"
+#include "core_limits.h"
 #include "list.h"
 #include "record.h"
 #include "slots.h"

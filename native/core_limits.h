@@ -1,6 +1,6 @@
-/* limits.h - every bound of the C core's queues, tables and retries, with how they relate. */
-#ifndef MILLPOND_LIMITS_H
-#define MILLPOND_LIMITS_H
+/* core_limits.h - every bound of the C core's queues, tables and retries, with how they relate. */
+#ifndef MILLPOND_CORE_LIMITS_H
+#define MILLPOND_CORE_LIMITS_H
 
 #include "format.h"
 
