@@ -62,13 +62,13 @@ class Target:
     def make_warm(self, job: fio.Job) -> None:
         """Before a hit job."""
 
-    def note(self, before: object, after: object) -> str:
+    def note(self, before: dict[str, int], after: dict[str, int]) -> str:
         """What the server itself says about the job between two snapshots."""
         return ""
 
-    def snapshot(self) -> object:
+    def snapshot(self) -> dict[str, int]:
         """The server's own counters."""
-        return None
+        return {}
 
     def close(self) -> None:
         """End it; last started first."""
@@ -208,15 +208,13 @@ class Millpond(Target):
         for _ in range(2):  # the admission test may want to see a block twice
             fio.run(region, self.reach())
 
-    def snapshot(self) -> object:
-        return self.daemon.status()
+    def snapshot(self) -> dict[str, int]:
+        engine = self.daemon.status()["engine"]
+        return {key: number(engine, key) for key in ("hits", "misses", "slot_reads")}
 
-    def note(self, before: object, after: object) -> str:
-        """Share of hits, and of blocks that came from read slots, among the blocks read."""
-        hits, misses, slots = (
-            number(after, key) - number(before, key)
-            for key in ("read_hit_blocks", "read_miss_blocks", "slot_reads")
-        )
+    def note(self, before: dict[str, int], after: dict[str, int]) -> str:
+        """Shares of hits and of reads from slots among the lookups, as the engine counts them."""
+        hits, misses, slots = (after[key] - before[key] for key in before)
         if hits + misses == 0:
             return ""
         return f"hits {hits / (hits + misses):.1%}, slots {slots / (hits + misses):.1%}"

@@ -90,7 +90,8 @@ def test_imports_point_one_way(path: Path) -> None:
         if room in ("nbd", "cache") and target == "store":
             assert len(parts) < 3 or parts[2] in STORE_DOOR, f"{room} must not import {name}"
         if room == "bench":
-            assert "micro" in path.parts, f"bench drives the command line, not {name}"
+            inside = target == "native" or "micro" in path.parts
+            assert inside, f"bench drives the command line or the core, not {name}"
 
 
 @each_python
@@ -178,12 +179,10 @@ def test_nothing_of_one_machine_is_named(path: Path) -> None:
     assert not found, f"names {found[0]!r}" if found else ""
 
 
-def test_every_c_file_is_built_and_every_header_is_a_dependency() -> None:
-    """What pyproject does not list is not compiled, or not compiled again after an edit."""
+def test_every_c_file_is_built() -> None:
+    """What pyproject does not list is not compiled."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     (extension,) = project["tool"]["setuptools"]["ext-modules"]
     native = ROOT / "native"
     sources = {name_of(path) for path in native.glob("*.c")}
-    headers = {name_of(path) for path in native.glob("*.h")}
     assert sources == set(extension["sources"])
-    assert headers <= set(extension["depends"])

@@ -38,9 +38,9 @@ def stored_bytes(directory: Path) -> int:
 
 
 def hit_rate(before: Any, after: Any) -> tuple[int, int]:
-    """(hit blocks, all blocks that were read from cache or store) between two statuses."""
+    """(hits, all lookups) between two statuses, as the engine counts them."""
     hits, misses = (
-        number(after, key) - number(before, key) for key in ("read_hit_blocks", "read_miss_blocks")
+        number(after["engine"], key) - number(before["engine"], key) for key in ("hits", "misses")
     )
     return hits, hits + misses
 
@@ -119,7 +119,7 @@ class Demo:
         used_bytes = report.value("used", "kib") * 1024
         if reads == 0:
             raise SystemExit("demo: status counts no reads of the second boot")
-        print(f"\nhit rate of the second boot: {hits / reads:.1%} ({hits} of {reads} blocks)")
+        print(f"\nhit rate of the second boot: {hits / reads:.1%} ({hits} of {reads})")
         print(
             f"bytes at the store: {at_store / MIB:.0f} MiB for {used_bytes / MIB:.0f} MiB "
             f"in the guest ({at_store / used_bytes:.2f})"

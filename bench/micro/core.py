@@ -84,6 +84,6 @@ class Core:
             while taken := check(lib.mp_store_take(self._store, connection, out, len(out))):
                 received += bytes(ffi.buffer(out, taken))
             while found := decode_frame(received):
-                frame, length_bytes = found
-                assert frame.status == lib.MP_STATUS_OK, f"status {frame.status}"
+                reply, length_bytes = found
+                assert reply.status == lib.MP_STATUS_OK, f"status {reply.status}"
                 received, replies = received[length_bytes:], replies + 1
