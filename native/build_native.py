@@ -23,6 +23,7 @@ HEADERS = (
     "format.h",
     "driver.h",
     "driver_sim.h",
+    "driver_test.h",
     "record.h",
     "slots.h",
     "store.h",

@@ -14,6 +14,7 @@
 #include <sys/types.h>
 #include <sys/uio.h>
 
+/* cdef: begin */
 enum mp_op {
 	MP_OP_READ = 1,   /* iov <- file at offset; whole length or an error (past the end: -EIO) */
 	MP_OP_WRITE,      /* iov -> file at offset; whole length or an error; not durable before a SYNC */
@@ -24,6 +25,16 @@ enum mp_op {
 	MP_OP_REMOVE,     /* file number ceases to be; durable when done */
 	MP_OP_CALL        /* run call(io) off the reactor thread: compression, checksums of large batches */
 };
+enum { MP_SOCKET_READ = 1, MP_SOCKET_WRITE = 2, MP_SOCKET_HANGUP = 4 };
+
+struct mp_driver;
+/* driver_linux.c. fd or directory is opened by the caller (Python), ownership passes on success. The
+ * device must have been opened O_DIRECT (else EINVAL). Any thread; NULL and errno on failure. */
+struct mp_driver *mp_driver_linux_device(int fd);
+struct mp_driver *mp_driver_linux_directory(int directory_fd);
+int mp_driver_linux_notify_fd(struct mp_driver *driver); /* eventfd to watch; the driver owns it */
+void mp_driver_destroy(struct mp_driver *driver);
+/* cdef: end */
 
 /* One asynchronous operation. The submitter owns it, and every byte that iov points to, until done runs.
  * Buffers, offsets and lengths of READ and WRITE are multiples of MP_BLOCK_BYTES (O_DIRECT). */
@@ -43,7 +54,6 @@ struct mp_io {
 };
 
 enum { MP_IOV_MAX = 512 };
-enum { MP_SOCKET_READ = 1, MP_SOCKET_WRITE = 2, MP_SOCKET_HANGUP = 4 };
 
 struct mp_driver {
 	void *self;
@@ -56,7 +66,8 @@ struct mp_driver {
 	/* Sockets: non-blocking, -EAGAIN when they would. receive returns 0 at the end of the stream. */
 	int64_t (*receive)(void *self, int socket, struct iovec *iov, int count);
 	int64_t (*send)(void *self, int socket, const struct iovec *iov, int count);
-	int (*watch)(void *self, int socket, uint32_t interest, void *context); /* again to change interest */
+	int (*watch)(void *self, int socket, uint32_t interest, void *context); /* again to change interest;
+							0: nothing is reported, not even a hangup */
 	void (*close_socket)(void *self, int socket);    /* unwatches; no ready call for it after this */
 	void (*on_ready)(void *owner, void *context, uint32_t ready); /* set by the core before watch */
 	void *owner;                                     /* passed to on_ready */
@@ -67,16 +78,6 @@ struct mp_driver {
 	void (*notify)(void *self);                      /* any thread: tells the control plane to drain */
 	void (*destroy)(void *self);                     /* nothing may be in flight (real); frees the table */
 };
-
-/* driver_linux.c. fd or directory is opened by the caller (Python), ownership passes on success.
- * direct: the device was opened O_DIRECT. Any thread; NULL and errno on failure. */
-/* cdef: begin */
-struct mp_driver;
-struct mp_driver *mp_driver_linux_device(int fd);
-struct mp_driver *mp_driver_linux_directory(int directory_fd);
-int mp_driver_linux_notify_fd(struct mp_driver *driver); /* eventfd to watch; the driver owns it */
-void mp_driver_destroy(struct mp_driver *driver);
-/* cdef: end */
 
 /* helper.c: submit one io and wait until it is done; recovery only, never on a data path. */
 int64_t mp_driver_do(struct mp_driver *driver, struct mp_io *io);
