@@ -20,7 +20,7 @@ from weakref import WeakValueDictionary
 
 from millpond.store import limits, wire
 from millpond.store.errors import Code, StoreError, one_line
-from millpond.store.volume import LINEAGE_MAX, NOBODY, VolumeState
+from millpond.store.volume import LINEAGE_MAX, LINEAGES_MAX, NOBODY, VolumeState
 
 BLOCK_BYTES = 4096
 
@@ -149,33 +149,31 @@ class Catalogue:
         if not 1 <= lineage <= LINEAGE_MAX:
             raise StoreError(Code.INVALID, "a lineage is a random number of 1 to 64 bits")
 
-        def decide(state: VolumeState) -> VolumeState:
+        async with self._lock(volume_id):
+            state = self.get(volume_id)
             _check_epoch(state, expected_epoch)
             if not accept_loss:
                 _check_not_held(state, cache_id)
-            next_sequence = state.applied_sequence + 1
-            first = next_sequence if first_sequence is None else first_sequence
-            if not next_sequence <= first <= LINEAGE_MAX:
-                raise StoreError(
-                    Code.INVALID,
-                    f"volume {_quote(state.name)} cannot be opened at sequence {first}: the store"
-                    f" has applied up to {state.applied_sequence}",
-                )
             if any(known == lineage for known, _ in state.lineages):
                 raise StoreError(
                     Code.INVALID,
-                    f"lineage {lineage} of volume {_quote(state.name)} was used before;"
-                    " every writable open takes a new one",
+                    f"lineage {lineage} of volume {_quote(state.name)} was used before; every"
+                    " writable open takes a new one",
                 )
             keeps_dirty = state.dirty_holder == cache_id
-            return state.edit(
+            wanted = state.edit(
                 epoch=state.epoch + 1,
                 open_holder=cache_id,
                 dirty_holder=cache_id if keeps_dirty else NOBODY,
-                lineages=[*state.lineages, (lineage, first)],
+                lineages=_lineages(state, lineage, first_sequence),
             )
-
-        return await self._change(volume_id, decide)
+            committed = await self._put(wanted)
+            if committed.applied_sequence != state.applied_sequence:
+                # A batch of the old writer slipped in before the fence: the new lineage starts
+                # behind it. Nothing can slip in any more.
+                known = _lineages(committed, lineage, first_sequence)
+                committed = await self._put(committed.edit(lineages=known))
+            return committed
 
     async def set_dirty(
         self, volume_id: bytes, *, epoch: int, cache_id: bytes, dirty: bool
@@ -255,6 +253,40 @@ class Catalogue:
 
 def _quote(name: str) -> str:
     return f"'{one_line(name, limit=300)}'"
+
+
+def _lineages(
+    state: VolumeState, lineage: int, first_sequence: int | None
+) -> list[tuple[int, int]]:
+    """The lineages on record after an open; the core refuses batches of any other.
+
+    A lineage that starts where the new one starts, or later, wrote nothing that counts. Of the
+    others, those before the newest applied one are history and the first to be forgotten.
+    """
+    next_sequence = state.applied_sequence + 1
+    first = next_sequence if first_sequence is None else first_sequence
+    name = _quote(state.name)
+    if not next_sequence <= first <= LINEAGE_MAX:
+        raise StoreError(
+            Code.INVALID,
+            f"volume {name} cannot be opened at sequence {first}: the store has applied up to"
+            f" {state.applied_sequence}",
+        )
+    applied = state.lineage
+    kept = [
+        (known, start)
+        for known, start in state.lineages
+        if known == applied or (start < first and known != lineage)
+    ]
+    history = next((at for at, (known, _) in enumerate(kept) if known == applied), 0)
+    kept = kept[min(history, max(0, len(kept) + 1 - LINEAGES_MAX)) :]
+    if len(kept) >= LINEAGES_MAX:
+        raise StoreError(
+            Code.BUSY,
+            f"volume {name} was opened {LINEAGES_MAX} times without shipping what was written;"
+            " its holder must ship first, or its loss be accepted",
+        )
+    return [*kept, (lineage, first)]
 
 
 def _check_epoch(state: VolumeState, expected_epoch: int) -> None:

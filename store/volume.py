@@ -12,6 +12,7 @@ from millpond.native import ffi, lib
 NOBODY = bytes(16)
 STATE_BYTES = ffi.sizeof("struct mp_volume_state")
 LINEAGE_MAX = 2**64 - 1
+LINEAGES_MAX: int = lib.MP_LINEAGES
 
 
 class VolumeState:
@@ -41,7 +42,7 @@ class VolumeState:
         dirty_holder: bytes | None = None,
         lineages: Sequence[tuple[int, int]] | None = None,
     ) -> "VolumeState":
-        """A copy with these fields changed; of the lineages the newest are remembered."""
+        """A copy with these fields changed."""
         state = ffi.new("struct mp_volume_state *")
         ffi.memmove(state, self._state, STATE_BYTES)
         if epoch is not None:
@@ -51,9 +52,9 @@ class VolumeState:
         if dirty_holder is not None:
             state.dirty_holder = dirty_holder
         if lineages is not None:
-            newest = list(lineages)[-lib.MP_LINEAGES :]
-            for index in range(lib.MP_LINEAGES):
-                known = newest[index] if index < len(newest) else (0, 0)
+            assert len(lineages) <= LINEAGES_MAX
+            for index in range(LINEAGES_MAX):
+                known = lineages[index] if index < len(lineages) else (0, 0)
                 state.lineages[index].id, state.lineages[index].first_sequence = known
         return VolumeState(bytes(ffi.buffer(state)))
 
@@ -108,6 +109,6 @@ class VolumeState:
         known = self._state.lineages
         return [
             (int(known[i].id), int(known[i].first_sequence))
-            for i in range(lib.MP_LINEAGES)
+            for i in range(LINEAGES_MAX)
             if known[i].id != 0
         ]
