@@ -42,6 +42,11 @@ uint64_t mp_xxh3(const void *data, uint64_t length_bytes)
 	return never_zero(XXH3_64bits(data, length_bytes));
 }
 
+uint64_t mp_xxh3_seeded(uint64_t seed, const void *data, uint64_t length_bytes)
+{
+	return never_zero(XXH3_64bits_withSeed(data, length_bytes, seed));
+}
+
 uint64_t mp_volume_seed(const uint8_t *volume)
 {
 	return mp_xxh3(volume, MP_VOLUME_ID_BYTES);
@@ -50,7 +55,7 @@ uint64_t mp_volume_seed(const uint8_t *volume)
 uint64_t mp_block_checksum(uint64_t volume_seed, uint64_t block, const void *data,
 			   uint64_t length_bytes)
 {
-	return never_zero(XXH3_64bits_withSeed(data, length_bytes, volume_seed ^ mix(block)));
+	return mp_xxh3_seeded(volume_seed ^ mix(block), data, length_bytes);
 }
 
 int mp_is_zero(const void *data, uint64_t length_bytes)

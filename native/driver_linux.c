@@ -1,10 +1,12 @@
-/* driver_linux.c - the real driver: epoll, Linux AIO, one helper thread, sockets, clock and chance.
+/* driver_linux.c - the real driver: epoll, Linux AIO, helper thread, sockets, clock.
  *
- * Happy path: submit queues; wait gives the queue to the kernel, runs what has completed (read from shared
- * memory, no system call), and only then sleeps in epoll until a completion, a ready socket or a wake.
- * Failure modes: an interrupted or spurious wake-up returns 0 events; a full AIO context keeps its queue;
- * an event for a socket that was closed earlier in the same batch is recognised by its generation and dropped.
- * Construction is all or nothing; destroy asserts that nothing is in flight.
+ * Happy path: submit queues; wait gives the queue to the kernel, runs what has completed (read
+ * from shared memory, no system call), and only then sleeps in epoll until a completion, a ready
+ * socket or a wake.
+ * Failure modes: an interrupted or spurious wake-up returns 0 events; a full AIO context keeps
+ * its queue; an event for a socket that was closed earlier in the same batch is recognised by
+ * its generation and dropped. Construction is all or nothing; destroy asserts that nothing is in
+ * flight.
  */
 #include "driver_linux.h"
 
@@ -113,7 +115,8 @@ static int64_t linux_receive(void *self, int socket, struct iovec *iov, int coun
 static int64_t linux_send(void *self, int socket, const struct iovec *iov, int count)
 {
 	/* sendmsg only reads through msg_iov, which POSIX types without const. */
-	struct msghdr message = {.msg_iov = (struct iovec *)(uintptr_t)iov, .msg_iovlen = (size_t)count};
+	struct msghdr message = {.msg_iov = (struct iovec *)(uintptr_t)iov,
+				 .msg_iovlen = (size_t)count};
 	ssize_t sent;
 
 	(void)self;
@@ -159,7 +162,8 @@ static int change_epoll(struct mp_linux *linux_driver, int socket, struct mp_lin
 	return epoll_ctl(linux_driver->epoll_fd, operation, socket, &event) < 0 ? -errno : 0;
 }
 
-/* Interest 0 leaves the epoll set: level-triggered EPOLLHUP would otherwise spin a paused connection. */
+/* Interest 0 leaves the epoll set: level-triggered EPOLLHUP would otherwise spin a paused
+ * connection. */
 static int linux_watch(void *self, int socket, uint32_t interest, void *context)
 {
 	struct mp_linux *linux_driver = self;
@@ -223,13 +227,15 @@ static int64_t dispatch(struct mp_linux *linux_driver, const struct epoll_event 
 	return 1;
 }
 
-static int epoll_sleep(struct mp_linux *linux_driver, struct epoll_event *events, int64_t timeout_ns)
+static int epoll_sleep(struct mp_linux *linux_driver, struct epoll_event *events,
+		       int64_t timeout_ns)
 {
 	struct timespec timeout = {timeout_ns / 1000000000, timeout_ns % 1000000000};
 	int count;
 
 	if (timeout_ns > 0 && !linux_driver->pwait2_refused) {
-		count = (int)syscall(SYS_epoll_pwait2, linux_driver->epoll_fd, events, MP_LINUX_EVENTS,
+		count = (int)syscall(SYS_epoll_pwait2, linux_driver->epoll_fd, events,
+				     MP_LINUX_EVENTS,
 				     &timeout, NULL, 0);
 		if (count >= 0 || errno != ENOSYS)
 			return count;
@@ -247,7 +253,8 @@ static int64_t poll_events(struct mp_linux *linux_driver, int64_t timeout_ns)
 	int64_t handled = 0;
 
 	if (timeout_ns != 0) {
-		/* Pairs with wake: either it sees sleeping and writes, or this sees woken and does not sleep. */
+		/* Pairs with wake: either it sees sleeping and writes, or this sees woken and
+		 * does not sleep. */
 		atomic_store(&linux_driver->sleeping, true);
 		if (atomic_load(&linux_driver->woken))
 			timeout_ns = 0;
@@ -279,7 +286,8 @@ static int64_t run_completions(struct mp_linux *linux_driver)
 	int64_t handled = run_finished(linux_driver);
 
 	handled += mp_linux_aio_reap(linux_driver);
-	/* Before the helper's list and before the core's mailbox, or a wake in between would be lost. */
+	/* Before the helper's list and before the core's mailbox, or a wake in between would be
+	 * lost. */
 	if (atomic_load(&linux_driver->woken) && atomic_exchange(&linux_driver->woken, false))
 		handled++;
 	handled += mp_linux_helper_collect(linux_driver);
@@ -371,7 +379,8 @@ static const struct mp_driver LINUX_TABLE = {
 	.destroy = linux_destroy,
 };
 
-/* Edge-triggered, so that neither is ever read: each signal is one edge, and saves a system call. */
+/* Edge-triggered, so that neither is ever read: each signal is one edge, and saves a system
+ * call. */
 static int watch_own(struct mp_linux *linux_driver, int fd, uint64_t token)
 {
 	struct epoll_event event = {.events = EPOLLIN | EPOLLET, .data = {.u64 = token}};
@@ -427,7 +436,8 @@ struct mp_driver *mp_driver_linux_device(int fd)
 
 	if (flags < 0)
 		return NULL;
-	/* Buffered, io_submit would block the reactor and a completed WRITE would not be on the device. */
+	/* Buffered, io_submit would block the reactor and a completed WRITE would not be on the
+	 * device. */
 	if (!(flags & O_DIRECT)) {
 		errno = EINVAL;
 		return NULL;

@@ -1,7 +1,8 @@
 /* driver_linux.h - the inside of the real driver: shared by driver_linux*.c, by nobody else.
  *
- * Ownership: the reactor thread owns everything but what is marked; the helper thread touches only
- * struct mp_linux_helper under its mutex, the ios that are queued there, and the directory descriptor.
+ * Ownership: the reactor thread owns everything but what is marked; the helper thread touches
+ * only struct mp_linux_helper under its mutex, the ios that are queued there, and the directory
+ * descriptor.
  */
 #ifndef MILLPOND_DRIVER_LINUX_H
 #define MILLPOND_DRIVER_LINUX_H
@@ -16,7 +17,8 @@
 enum {
 	MP_LINUX_AIO_DEPTH = 256,    /* in flight in the kernel; the rest waits in a list here */
 	MP_LINUX_AIO_BATCH = 64,     /* per io_submit */
-	MP_LINUX_FILES = 512,        /* open segments; more than can be in flight, so one is always idle */
+	/* open segments; more than can be in flight, so one is always idle */
+	MP_LINUX_FILES = 512,
 	MP_LINUX_FILE_BUCKETS = 256, /* of the table that finds them; a power of two */
 	MP_LINUX_EVENTS = 128        /* per epoll_wait */
 };
@@ -32,7 +34,8 @@ struct mp_linux_file {
 	uint64_t number;
 	int fd;
 	uint32_t in_flight;
-	bool forgotten;                        /* removed: in no table, closed by its last release */
+	/* removed: in no table, closed by its last release */
+	bool forgotten;
 	struct mp_linux_file *bucket_next;
 	struct mp_linux_file *older, *newer;   /* by last use; the free list uses older */
 };
@@ -75,7 +78,8 @@ struct mp_linux_helper {
 struct mp_linux_watch {
 	void *context;
 	uint32_t interest;                     /* 0: not in the epoll set */
-	uint32_t generation;                   /* a ready event of an earlier owner of this fd differs */
+	/* a ready event of an earlier owner of this fd differs */
+	uint32_t generation;
 	bool used;
 };
 
@@ -88,10 +92,12 @@ struct mp_linux {
 	aio_context_t aio;
 	uint32_t aio_depth, aio_in_flight;
 	bool aio_sync_refused;                 /* no IOCB_CMD_FDSYNC here: the helper syncs */
-	bool aio_starved;                      /* the kernel had no memory for a first io: try again soon */
+	/* the kernel had no memory for a first io: try again soon */
+	bool aio_starved;
 	bool pwait2_refused;                   /* kernel before 5.11: milliseconds only */
 	struct mp_linux_list waiting;          /* for a place in the kernel */
-	struct mp_linux_list finished;         /* result known without the kernel; done runs in wait */
+	/* result known without the kernel; done runs in wait */
+	struct mp_linux_list finished;
 
 	struct mp_linux_watch *watches;        /* by socket number */
 	uint32_t watch_capacity, watched;
@@ -112,13 +118,16 @@ struct mp_io *mp_linux_list_pop(struct mp_linux_list *list);
 /* driver_linux_files.c. Reactor thread only; from list_files on: any thread. */
 void mp_linux_files_init(struct mp_linux_files *files, int fd, bool is_device);
 void mp_linux_files_close(struct mp_linux_files *files);
-int mp_linux_file_acquire(struct mp_linux_files *files, uint64_t number, struct mp_linux_file **out);
+int mp_linux_file_acquire(struct mp_linux_files *files, uint64_t number,
+			  struct mp_linux_file **out);
 void mp_linux_file_release(struct mp_linux_files *files, struct mp_linux_file *file);
 void mp_linux_file_forget(struct mp_linux_files *files, uint64_t number);
 int mp_linux_device_room(struct mp_linux_files *files, uint64_t end_bytes);
-int64_t mp_linux_list_files(const struct mp_linux_files *files, uint64_t *numbers, uint64_t capacity);
+int64_t mp_linux_list_files(const struct mp_linux_files *files, uint64_t *numbers,
+			    uint64_t capacity);
 int64_t mp_linux_file_length(const struct mp_linux_files *files, uint64_t number);
-int mp_linux_file_open(const struct mp_linux_files *files, uint64_t number, int flags); /* fd, -errno */
+/* fd, -errno */
+int mp_linux_file_open(const struct mp_linux_files *files, uint64_t number, int flags);
 int64_t mp_linux_file_create(const struct mp_linux_files *files, uint64_t number);
 int64_t mp_linux_file_remove(const struct mp_linux_files *files, uint64_t number);
 

@@ -1,12 +1,13 @@
 /* driver_linux_aio.c - READ, WRITE and SYNC by Linux AIO on O_DIRECT, for the real driver.
  *
- * Happy path: submit appends to a list; flush gives the kernel up to MP_LINUX_AIO_BATCH of them per
- * io_submit; completions signal an eventfd in the epoll set and are read from the ring that the kernel
- * shares with the process, without a system call.
- * Failure modes: the context is full or the kernel short of memory (the rest waits, in order); an io that
- * the kernel refuses or whose file does not open gets that error in wait, never inside submit; a short
- * transfer is continued (and a read at the end of the file is -EIO); no FDSYNC in this kernel or file
- * system (the helper thread syncs); an unknown ring layout (io_getevents instead).
+ * Happy path: submit appends to a list; flush gives the kernel up to MP_LINUX_AIO_BATCH of them
+ * per io_submit; completions signal an eventfd in the epoll set and are read from the ring that
+ * the kernel shares with the process, without a system call.
+ * Failure modes: the context is full or the kernel short of memory (the rest waits, in order);
+ * an io that the kernel refuses or whose file does not open gets that error in wait, never
+ * inside submit; a short transfer is continued (and a read at the end of the file is -EIO); no
+ * FDSYNC in this kernel or file system (the helper thread syncs); an unknown ring layout
+ * (io_getevents instead).
  */
 #include "driver_linux.h"
 
@@ -27,7 +28,8 @@ struct ring {
 
 int mp_linux_aio_open(struct mp_linux *linux_driver)
 {
-	/* The system allows fs.aio-max-nr places for all processes together: ask for less if it must be. */
+	/* The system allows fs.aio-max-nr places for all processes together: ask for less if it
+	 * must be. */
 	for (uint32_t depth = MP_LINUX_AIO_DEPTH; depth >= DEPTH_MIN; depth /= 2) {
 		if (syscall(SYS_io_setup, depth, &linux_driver->aio) == 0) {
 			linux_driver->aio_depth = depth;
@@ -162,7 +164,8 @@ static bool flush_batch(struct mp_linux *linux_driver)
 	if (submitted > 0) {
 		assert((uint32_t)submitted <= count);
 		linux_driver->aio_in_flight += (uint32_t)submitted;
-		push_back_front(&linux_driver->waiting, ios + submitted, count - (uint32_t)submitted);
+		push_back_front(&linux_driver->waiting, ios + submitted,
+				count - (uint32_t)submitted);
 		return true;
 	}
 	int error = submitted < 0 ? errno : EAGAIN;
@@ -204,7 +207,8 @@ static struct mp_linux_rest *make_rest(const struct mp_io *io, uint64_t done_byt
 	return rest;
 }
 
-/* The whole result of an io whose last piece moved result bytes; -EAGAIN: cut short, there is more. */
+/* The whole result of an io whose last piece moved result bytes; -EAGAIN: cut short, there is
+ * more. */
 static int64_t judge(const struct mp_io *io, uint64_t done_bytes, int64_t result)
 {
 	if (io->op == MP_OP_SYNC || result < 0)
@@ -212,7 +216,8 @@ static int64_t judge(const struct mp_io *io, uint64_t done_bytes, int64_t result
 	assert(done_bytes <= io->length_bytes);
 	if (done_bytes == io->length_bytes)
 		return (int64_t)done_bytes;
-	/* Nothing more comes, or the end of the file is inside a block: there is no whole length. */
+	/* Nothing more comes, or the end of the file is inside a block: there is no whole
+	 * length. */
 	return result == 0 || done_bytes % MP_BLOCK_BYTES ? -EIO : -EAGAIN;
 }
 
@@ -251,7 +256,8 @@ static int64_t reap_by_call(struct mp_linux *linux_driver)
 	struct io_event events[MP_LINUX_AIO_BATCH];
 	struct timespec now = {0, 0};
 	int64_t handled = 0;
-	long count = syscall(SYS_io_getevents, linux_driver->aio, 0L, (long)MP_LINUX_AIO_BATCH, events, &now);
+	long count = syscall(SYS_io_getevents, linux_driver->aio, 0L, (long)MP_LINUX_AIO_BATCH,
+			     events, &now);
 
 	assert(count >= 0 || errno == EINTR);
 	for (long i = 0; i < count; i++)
@@ -259,7 +265,8 @@ static int64_t reap_by_call(struct mp_linux *linux_driver)
 	return handled;
 }
 
-/* What has completed by now; what completes meanwhile is for the next turn, so that this one ends. */
+/* What has completed by now; what completes meanwhile is for the next turn, so that this one
+ * ends. */
 int64_t mp_linux_aio_reap(struct mp_linux *linux_driver)
 {
 	struct ring *ring = (struct ring *)linux_driver->aio;
@@ -274,7 +281,8 @@ int64_t mp_linux_aio_reap(struct mp_linux *linux_driver)
 	while (head != tail) {
 		struct io_event event = ring->events[head];
 		head = head + 1 == ring->nr ? 0 : head + 1;
-		/* Moved before done runs: done may submit, and the kernel counts free places by the head. */
+		/* Moved before done runs: done may submit, and the kernel counts free places by
+		 * the head. */
 		__atomic_store_n(&ring->head, head, __ATOMIC_RELEASE);
 		handled += take_event(linux_driver, &event);
 	}

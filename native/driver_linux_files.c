@@ -1,11 +1,12 @@
 /* driver_linux_files.c - file numbers to descriptors, for the real driver.
  *
- * Happy path: a device is one descriptor. In a directory, file n is sixteen hexadecimal digits and ".seg",
- * opened on first use and kept open until it is the longest unused of MP_LINUX_FILES.
- * Failure modes: a file that is not there or not openable is the io's -errno; a descriptor with I/O in
- * flight is never closed (its number could be reused by another file while the kernel still writes);
- * a removed file leaves the table at once, so that a new file of the same number is not written through
- * the old one's descriptor.
+ * Happy path: a device is one descriptor. In a directory, file n is sixteen hexadecimal digits
+ * and ".seg", opened on first use and kept open until it is the longest unused of
+ * MP_LINUX_FILES.
+ * Failure modes: a file that is not there or not openable is the io's -errno; a descriptor with
+ * I/O in flight is never closed (its number could be reused by another file while the kernel
+ * still writes); a removed file leaves the table at once, so that a new file of the same number
+ * is not written through the old one's descriptor.
  */
 #include "driver_linux.h"
 
@@ -188,7 +189,8 @@ void mp_linux_file_forget(struct mp_linux_files *files, uint64_t number)
 		close_file(files, file);
 }
 
-/* A device does not grow: a regular file in its place must not either, or a wrong offset would hide. */
+/* A device does not grow: a regular file in its place must not either, or a wrong offset would
+ * hide. */
 int mp_linux_device_room(struct mp_linux_files *files, uint64_t end_bytes)
 {
 	if (!files->is_device || end_bytes <= files->device_bytes)
@@ -206,7 +208,8 @@ static int compare_numbers(const void *left, const void *right)
 	return a < b ? -1 : a > b;
 }
 
-int64_t mp_linux_list_files(const struct mp_linux_files *files, uint64_t *numbers, uint64_t capacity)
+int64_t mp_linux_list_files(const struct mp_linux_files *files, uint64_t *numbers,
+			    uint64_t capacity)
 {
 	uint64_t count = 0;
 

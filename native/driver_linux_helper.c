@@ -1,9 +1,10 @@
 /* driver_linux_helper.c - the one thread for operations that block, for the real driver.
  *
- * Happy path: CREATE, REMOVE, ALLOCATE, PUNCH, CALL (and SYNC where AIO cannot) run here one after the
- * other; finished ones return through a list under a mutex, with a wake, and done runs in wait.
- * Failure modes: the operation's own errno. It opens files by itself: a descriptor of the reactor's table
- * may be closed while this thread is at work.
+ * Happy path: CREATE, REMOVE, ALLOCATE, PUNCH, CALL (and SYNC where AIO cannot) run here one
+ * after the other; finished ones return through a list under a mutex, with a wake, and done runs
+ * in wait.
+ * Failure modes: the operation's own errno. It opens files by itself: a descriptor of the
+ * reactor's table may be closed while this thread is at work.
  */
 #include "driver_linux.h"
 
@@ -34,7 +35,8 @@ static int64_t on_open_file(int fd, const struct mp_io *io)
 		return 0;
 	if (io->op == MP_OP_ALLOCATE)
 		return allocate(fd, io);
-	int result = fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)io->offset_bytes,
+	int result = fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+			       (off_t)io->offset_bytes,
 			       (off_t)io->length_bytes);
 	return result < 0 ? -errno : 0;
 }
@@ -93,7 +95,8 @@ static void *helper_main(void *argument)
 		run(&linux_driver->files, io);
 		pthread_mutex_lock(&helper->mutex);
 		mp_linux_list_push(&helper->finished, io);
-		/* Under the mutex: after collect has taken the last io the driver may be destroyed. */
+		/* Under the mutex: after collect has taken the last io the driver may be
+		 * destroyed. */
 		mp_linux_wake(linux_driver);
 	}
 	pthread_mutex_unlock(&helper->mutex);

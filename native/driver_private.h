@@ -1,7 +1,7 @@
-/* driver_private.h - what the two drivers share: the check that every operation passes at the seam.
+/* driver_private.h - what the two drivers share: the check every operation passes.
  *
- * Both drivers assert the same facts, so that a core that runs in the simulator cannot meet its first
- * EINVAL from O_DIRECT on a real disk. A violation is our bug, never the peer's: assert.
+ * Both drivers assert the same facts, so that a core that runs in the simulator cannot meet its
+ * first EINVAL from O_DIRECT on a real disk. A violation is our bug, never the peer's: assert.
  */
 #ifndef MILLPOND_DRIVER_PRIVATE_H
 #define MILLPOND_DRIVER_PRIVATE_H

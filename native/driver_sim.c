@@ -1,12 +1,13 @@
 /* driver_sim.c - the simulated world: what happens when, in virtual time, from one seed.
  *
- * Happy path: submit notes when each io is due; wait completes what is due (with reorder: in random order
- * and not all at once), offers ready sockets, and only with nothing to do moves the clock to what is next.
- * The effect of an io, on disk and in its buffers, happens at its completion.
- * Failure modes, all chosen by the options: the nth io fails; after the nth mutation the world crashes:
- * what is in flight happens, does not, or half happens, without power what is unsynced too
- * (driver_sim_loss.c), nothing completes any more and wait is -ESHUTDOWN. A destroyed driver's ios in flight
- * never happen and are never touched: their memory may be gone.
+ * Happy path: submit notes when each io is due; wait completes what is due (with reorder: in
+ * random order and not all at once), offers ready sockets, and only with nothing to do moves the
+ * clock to what is next. The effect of an io, on disk and in its buffers, happens at its
+ * completion.
+ * Failure modes, all chosen by the options: the nth io fails; after the nth mutation the world
+ * crashes: what is in flight happens, does not, or half happens, without power what is unsynced
+ * too (driver_sim_loss.c), nothing completes any more and wait is -ESHUTDOWN. A destroyed
+ * driver's ios in flight never happen and are never touched: their memory may be gone.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -52,8 +53,9 @@ static void sim_random_bytes(void *self, void *buffer, size_t length)
 static uint64_t due_ns(struct mp_sim *sim)
 {
 	uint64_t latency_ns = sim->options.latency_ns;
-	uint64_t due = sim->now_ns + latency_ns / 2 + mp_sim_random_below(&sim->schedule, latency_ns + 1);
+	uint64_t due = sim->now_ns + latency_ns / 2;
 
+	due += mp_sim_random_below(&sim->schedule, latency_ns + 1);
 	if (!sim->options.reorder && sim->pending_count > 0) {
 		uint64_t before = sim->pending[sim->pending_count - 1].due_ns;
 		due = due < before ? before : due;
@@ -80,7 +82,8 @@ static void sim_submit(void *self, struct mp_io *const *ios, uint32_t count)
 		struct mp_sim_pending pending = {.io = io, .covers = sim->disk.sequence};
 		pending.due_ns = due_ns(sim);
 		pending.fails = chosen_to_fail(sim, io->op);
-		sim->pending = mp_sim_grow(sim->pending, &sim->pending_capacity, sim->pending_count + 1,
+		sim->pending = mp_sim_grow(sim->pending, &sim->pending_capacity,
+					   sim->pending_count + 1,
 					   sizeof *sim->pending);
 		sim->pending[sim->pending_count++] = pending;
 		if (is_mutation(io->op) && ++sim->mutations == sim->options.crash_after_io)
@@ -115,7 +118,8 @@ static enum mp_sim_extent fate_in_flight(struct mp_sim *sim)
 }
 
 /* The effect of an io, now. Extent: of WRITE, PUNCH and ALLOCATE. Not CALL. */
-static int64_t perform(struct mp_sim *sim, const struct mp_sim_pending *pending, enum mp_sim_extent extent)
+static int64_t perform(struct mp_sim *sim, const struct mp_sim_pending *pending,
+		       enum mp_sim_extent extent)
 {
 	const struct mp_io *io = pending->io;
 
@@ -135,7 +139,8 @@ static int64_t perform(struct mp_sim *sim, const struct mp_sim_pending *pending,
 
 static int64_t perform_failing(struct mp_sim *sim, const struct mp_sim_pending *pending)
 {
-	/* A WRITE that failed may have reached the disk, or half; a failed SYNC loses its promise for good. */
+	/* A WRITE that failed may have reached the disk, or half; a failed SYNC loses its
+	 * promise for good. */
 	if (pending->io->op == MP_OP_WRITE)
 		perform(sim, pending, fate_in_flight(sim));
 	else if (pending->io->op == MP_OP_SYNC)
@@ -172,10 +177,10 @@ static void complete(struct mp_sim *sim, uint64_t place)
 /* The place of the io to complete now, or pending_count. */
 static uint64_t choose_due(struct mp_sim *sim)
 {
-	uint64_t due_count = 0;
+	uint64_t due_count = 0, count = sim->pending_count;
 
 	if (!sim->options.reorder)
-		return sim->pending_count > 0 && sim->pending[0].due_ns <= sim->now_ns ? 0 : sim->pending_count;
+		return count > 0 && sim->pending[0].due_ns <= sim->now_ns ? 0 : count;
 	for (uint64_t i = 0; i < sim->pending_count; i++)
 		due_count += sim->pending[i].due_ns <= sim->now_ns;
 	if (due_count == 0)
@@ -329,7 +334,8 @@ struct mp_driver *mp_sim_driver(struct mp_sim *sim)
 	return sim->driver;
 }
 
-/* One io that was in flight when the world ended. Power loss decides about it with all that is unsynced. */
+/* One io that was in flight when the world ended. Power loss decides about it with all that is
+ * unsynced. */
 static void end_in_flight(struct mp_sim *sim, const struct mp_sim_pending *pending)
 {
 	enum mp_sim_extent extent = fate_in_flight(sim);
@@ -351,7 +357,9 @@ void mp_sim_crash(struct mp_sim *sim)
 		return;
 	sim->crashed = true;
 	while (sim->pending_count > 0) {
-		uint64_t place = sim->options.reorder ? mp_sim_random_below(&sim->fate, sim->pending_count) : 0;
+		uint64_t place = 0;
+		if (sim->options.reorder)
+			place = mp_sim_random_below(&sim->fate, sim->pending_count);
 		struct mp_sim_pending pending = take_pending(sim, place);
 		end_in_flight(sim, &pending);
 	}
@@ -393,7 +401,8 @@ int mp_sim_notified(struct mp_sim *sim)
 }
 
 /* Walk [offset, offset + length) page by page; in or out is NULL. */
-static int64_t access_bytes(struct mp_sim *sim, uint64_t number, uint64_t offset_bytes, uint8_t *out,
+static int64_t access_bytes(struct mp_sim *sim, uint64_t number, uint64_t offset_bytes,
+			    uint8_t *out,
 			    const uint8_t *in, uint64_t length_bytes)
 {
 	struct mp_sim_file *file = mp_sim_disk_find(&sim->disk, number);
@@ -422,7 +431,8 @@ static int64_t access_bytes(struct mp_sim *sim, uint64_t number, uint64_t offset
 	return (int64_t)length_bytes;
 }
 
-int64_t mp_sim_peek(struct mp_sim *sim, uint64_t file, uint64_t offset_bytes, void *out, uint64_t length_bytes)
+int64_t mp_sim_peek(struct mp_sim *sim, uint64_t file, uint64_t offset_bytes, void *out,
+		    uint64_t length_bytes)
 {
 	return access_bytes(sim, file, offset_bytes, out, NULL, length_bytes);
 }

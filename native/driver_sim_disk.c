@@ -1,10 +1,11 @@
-/* driver_sim_disk.c - the simulated disk: files, reads, mutations, and which of them are durable.
+/* driver_sim_disk.c - the simulated disk: files, reads, mutations, durability.
  *
- * Happy path: a completed mutation changes the content at once and leaves an undo record in its file's
- * list of unsynced changes; a SYNC drops the records it covers.
- * Failure modes: past the end -EIO (read) or -ENOSPC (device write), no such file -ENOENT; a failed SYNC
- * makes what it covered doubtful: no later SYNC makes that durable, as on a real disk whose kernel has
- * reported the error once and forgotten it. driver_sim_loss.c uses the records after a loss of power.
+ * Happy path: a completed mutation changes the content at once and leaves an undo record in its
+ * file's list of unsynced changes; a SYNC drops the records it covers.
+ * Failure modes: past the end -EIO (read) or -ENOSPC (device write), no such file -ENOENT; a
+ * failed SYNC makes what it covered doubtful: no later SYNC makes that durable, as on a real
+ * disk whose kernel has reported the error once and forgotten it. driver_sim_loss.c uses the
+ * records after a loss of power.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -160,8 +161,10 @@ static int64_t check_change(const struct mp_sim_disk *disk, const struct mp_sim_
 	return 0;
 }
 
-/* Make the change visible and remember how to undo it. Torn: each sector of it or not, by chance. */
-int64_t mp_sim_disk_change(struct mp_sim_disk *disk, const struct mp_io *io, enum mp_sim_extent extent,
+/* Make the change visible and remember how to undo it. Torn: each sector of it or not, by
+ * chance. */
+int64_t mp_sim_disk_change(struct mp_sim_disk *disk, const struct mp_io *io,
+			   enum mp_sim_extent extent,
 			   struct mp_sim_random *random)
 {
 	struct mp_sim_file *file = mp_sim_disk_find(disk, io->file);
@@ -203,8 +206,8 @@ int64_t mp_sim_disk_change(struct mp_sim_disk *disk, const struct mp_io *io, enu
 	return io->op == MP_OP_WRITE ? (int64_t)io->length_bytes : 0;
 }
 
-/* A doubtful change below one that is now durable: where both touch a page, the newer has replaced it for
- * good, and undoing the older would bring back what is neither. */
+/* A doubtful change below one that is now durable: where both touch a page, the newer has
+ * replaced it for good, and undoing the older would bring back what is neither. */
 static void supersede(struct mp_sim_change *doubtful, const struct mp_sim_change *durable)
 {
 	uint64_t kept = 0;

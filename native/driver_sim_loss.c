@@ -1,8 +1,9 @@
 /* driver_sim_loss.c - what a loss of power leaves of a simulated disk.
  *
- * All unsynced changes are undone, newest first, by exchanging pages with their records: the file is then
- * what is durable, and each record holds what its change had written. Then those that chance lets live
- * are done again, oldest first, whole or torn. What is left is durable, and no record remains.
+ * All unsynced changes are undone, newest first, by exchanging pages with their records: the
+ * file is then what is durable, and each record holds what its change had written. Then those
+ * that chance lets live are done again, oldest first, whole or torn. What is left is durable,
+ * and no record remains.
  */
 #include <stdlib.h>
 
@@ -17,7 +18,8 @@ void mp_sim_change_free(struct mp_sim_change *change)
 	free(change);
 }
 
-static void exchange(struct mp_sim_disk *disk, struct mp_sim_file *file, struct mp_sim_change *change)
+static void exchange(struct mp_sim_disk *disk, struct mp_sim_file *file,
+		     struct mp_sim_change *change)
 {
 	for (uint64_t i = 0; i < change->count; i++) {
 		struct mp_sim_item *item = &change->items[i];
@@ -67,14 +69,17 @@ static int compare_sequences(const void *left, const void *right)
 	return a < b ? -1 : a > b;
 }
 
-/* One cut through the changes of all files, so that what survives is what a disk in order would hold. */
-static void choose_cut(const struct mp_sim_disk *disk, struct mp_sim_random *random, struct verdict *verdict)
+/* One cut through the changes of all files, so that what survives is what a disk in order would
+ * hold. */
+static void choose_cut(const struct mp_sim_disk *disk, struct mp_sim_random *random,
+		       struct verdict *verdict)
 {
 	uint64_t *sequences = NULL, count = 0, capacity = 0;
 
 	for (uint64_t f = 0; f < disk->file_count; f++) {
 		const struct mp_sim_file *file = disk->files[f];
-		sequences = mp_sim_grow(sequences, &capacity, count + file->change_count, sizeof(uint64_t));
+		sequences = mp_sim_grow(sequences, &capacity, count + file->change_count,
+					sizeof(uint64_t));
 		for (uint64_t i = 0; i < file->change_count; i++)
 			sequences[count++] = file->changes[i]->sequence;
 	}
@@ -99,10 +104,12 @@ static enum mp_sim_extent judge(const struct mp_sim_change *change, const struct
 	bool mixed = verdict->of_four > 0 && verdict->of_four < CHANCES;
 	if (verdict->tear && mixed && mp_sim_random_below(random, 2))
 		return MP_SIM_TORN;
-	return mp_sim_random_below(random, CHANCES) < verdict->of_four ? MP_SIM_WHOLE : MP_SIM_NOTHING;
+	return mp_sim_random_below(random, CHANCES) < verdict->of_four ? MP_SIM_WHOLE
+		: MP_SIM_NOTHING;
 }
 
-void mp_sim_disk_power_loss(struct mp_sim_disk *disk, struct mp_sim_random *random, bool reorder, bool tear)
+void mp_sim_disk_power_loss(struct mp_sim_disk *disk, struct mp_sim_random *random, bool reorder,
+			    bool tear)
 {
 	struct verdict verdict = {.reorder = reorder, .tear = tear};
 

@@ -1,7 +1,8 @@
 /* driver_sim_pages.c - sparse content of a simulated file: a two-level table of 4 KiB pages.
  *
- * A hole is NULL; a page of zeroes is one shared constant, so that a formatted GiB costs pointers only.
- * Pages never change in place: whoever holds a pointer (table or unsynced change) owns it alone.
+ * A hole is NULL; a page of zeroes is one shared constant, so that a formatted GiB costs
+ * pointers only. Pages never change in place: whoever holds a pointer (table or unsynced change)
+ * owns it alone.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -50,7 +51,8 @@ const uint8_t *mp_sim_page_swap(struct mp_sim_disk *disk, struct mp_sim_file *fi
 		return NULL;
 	if (leaf >= file->leaf_count) {
 		uint64_t count = file->leaf_count;
-		file->leaves = mp_sim_grow(file->leaves, &file->leaf_count, leaf + 1, sizeof *file->leaves);
+		file->leaves = mp_sim_grow(file->leaves, &file->leaf_count, leaf + 1,
+					   sizeof *file->leaves);
 		memset(file->leaves + count, 0, (file->leaf_count - count) * sizeof *file->leaves);
 	}
 	if (!file->leaves[leaf]) {
@@ -66,7 +68,8 @@ const uint8_t *mp_sim_page_swap(struct mp_sim_disk *disk, struct mp_sim_file *fi
 }
 
 /* A page of which each sector is, by chance, the old or the new. NULL is a hole. */
-const uint8_t *mp_sim_page_tear(const uint8_t *old, const uint8_t *new, struct mp_sim_random *random)
+const uint8_t *mp_sim_page_tear(const uint8_t *old, const uint8_t *new,
+				struct mp_sim_random *random)
 {
 	uint8_t torn[MP_BLOCK_BYTES];
 
@@ -83,7 +86,8 @@ void mp_sim_pages_free(struct mp_sim_disk *disk, struct mp_sim_file *file)
 		if (!file->leaves[leaf])
 			continue;
 		for (uint64_t i = 0; i < MP_SIM_LEAF_PAGES; i++)
-			mp_sim_page_free(mp_sim_page_swap(disk, file, leaf * MP_SIM_LEAF_PAGES + i, NULL));
+			mp_sim_page_free(mp_sim_page_swap(disk, file, leaf * MP_SIM_LEAF_PAGES + i,
+							  NULL));
 		free(file->leaves[leaf]);
 	}
 	free(file->leaves);

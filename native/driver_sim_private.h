@@ -1,7 +1,8 @@
-/* driver_sim_private.h - the inside of the simulated world: shared by driver_sim*.c, by nobody else.
+/* driver_sim_private.h - the inside of the simulated world: for driver_sim*.c only.
  *
- * One test thread owns everything. Chance comes only from struct mp_sim_random; nothing decides by an
- * address, a clock or the order of a hash. Out of memory is an assert: a test has no use for less.
+ * One test thread owns everything. Chance comes only from struct mp_sim_random; nothing decides
+ * by an address, a clock or the order of a hash. Out of memory is an assert: a test has no use
+ * for less.
  */
 #ifndef MILLPOND_DRIVER_SIM_PRIVATE_H
 #define MILLPOND_DRIVER_SIM_PRIVATE_H
@@ -86,7 +87,8 @@ struct mp_sim {
 	struct mp_sim_options options;
 	struct mp_driver *driver;
 	struct mp_sim_disk disk;
-	struct mp_sim_random schedule, fate, core; /* what happens when; what survives; random_bytes */
+	/* what happens when; what survives; random_bytes */
+	struct mp_sim_random schedule, fate, core;
 	uint64_t generation;                 /* of seeding: mp_sim_set with the same seed differs */
 	uint64_t now_ns;
 	bool crashed, in_wait;
@@ -100,7 +102,8 @@ struct mp_sim {
 };
 
 /* driver_sim_random.c */
-void mp_sim_random_seed(struct mp_sim_random *random, uint64_t seed, uint64_t generation, uint64_t stream);
+void mp_sim_random_seed(struct mp_sim_random *random, uint64_t seed, uint64_t generation,
+			uint64_t stream);
 uint64_t mp_sim_random_next(struct mp_sim_random *random);
 uint64_t mp_sim_random_below(struct mp_sim_random *random, uint64_t bound); /* bound > 0 */
 void *mp_sim_grow(void *array, uint64_t *capacity, uint64_t needed, uint64_t element_bytes);
@@ -112,7 +115,8 @@ const uint8_t *mp_sim_page_swap(struct mp_sim_disk *disk, struct mp_sim_file *fi
 const uint8_t *mp_sim_page_zero(void);                /* allocated, all zeroes, costs nothing */
 const uint8_t *mp_sim_page_copy(const void *bytes);
 void mp_sim_page_free(const uint8_t *page);
-const uint8_t *mp_sim_page_tear(const uint8_t *old, const uint8_t *new, struct mp_sim_random *random);
+const uint8_t *mp_sim_page_tear(const uint8_t *old, const uint8_t *new,
+				struct mp_sim_random *random);
 void mp_sim_pages_free(struct mp_sim_disk *disk, struct mp_sim_file *file);
 
 /* driver_sim_disk.c: files and what is not durable of them */
@@ -122,12 +126,14 @@ struct mp_sim_file *mp_sim_disk_find(const struct mp_sim_disk *disk, uint64_t nu
 int64_t mp_sim_disk_create(struct mp_sim_disk *disk, uint64_t number);
 int64_t mp_sim_disk_remove(struct mp_sim_disk *disk, uint64_t number);
 int64_t mp_sim_disk_read(const struct mp_sim_disk *disk, const struct mp_io *io);
-int64_t mp_sim_disk_change(struct mp_sim_disk *disk, const struct mp_io *io, enum mp_sim_extent extent,
+int64_t mp_sim_disk_change(struct mp_sim_disk *disk, const struct mp_io *io,
+			   enum mp_sim_extent extent,
 			   struct mp_sim_random *random);
 int64_t mp_sim_disk_sync(struct mp_sim_disk *disk, uint64_t number, uint64_t covers, bool fails);
 
 /* driver_sim_loss.c: what power loss leaves */
-void mp_sim_disk_power_loss(struct mp_sim_disk *disk, struct mp_sim_random *random, bool reorder, bool tear);
+void mp_sim_disk_power_loss(struct mp_sim_disk *disk, struct mp_sim_random *random, bool reorder,
+			    bool tear);
 void mp_sim_change_free(struct mp_sim_change *change);
 
 /* driver_sim_socket.c */

@@ -1,7 +1,7 @@
-/* driver_sim_random.c - the simulator's chance (splitmix64 and xoshiro256**, Blackman and Vigna).
+/* driver_sim_random.c - the simulator's chance (xoshiro256**, seeded by splitmix64).
  *
- * Same seed, generation and stream: same numbers, on every machine. Separate streams, so that one more
- * random_bytes of the core does not change which write a crash loses.
+ * Same seed, generation and stream: same numbers, on every machine. Separate streams, so that
+ * one more random_bytes of the core does not change which write a crash loses.
  */
 #include <stdlib.h>
 
@@ -21,7 +21,8 @@ static uint64_t rotate_left(uint64_t value, int bits)
 	return value << bits | value >> (64 - bits);
 }
 
-void mp_sim_random_seed(struct mp_sim_random *random, uint64_t seed, uint64_t generation, uint64_t stream)
+void mp_sim_random_seed(struct mp_sim_random *random, uint64_t seed, uint64_t generation,
+			uint64_t stream)
 {
 	uint64_t state = seed;
 

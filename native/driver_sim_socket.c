@@ -1,9 +1,11 @@
 /* driver_sim_socket.c - sockets of the simulated world: two queues of bytes each.
  *
- * Happy path: the test pushes and pops, the core receives and sends; on_ready is level-triggered, as epoll.
- * Failure modes: -EAGAIN with nothing to read or no room under the test's limit; after the peer's hangup
- * what it sent can still be read, then the end of the stream, and a send is -EPIPE; after the core's close
- * (or its death) the test can pop what was sent, then -EPIPE. With reorder, bytes arrive in pieces.
+ * Happy path: the test pushes and pops, the core receives and sends; on_ready is level-
+ * triggered, as epoll.
+ * Failure modes: -EAGAIN with nothing to read or no room under the test's limit; after the
+ * peer's hangup what it sent can still be read, then the end of the stream, and a send is
+ * -EPIPE; after the core's close (or its death) the test can pop what was sent, then -EPIPE.
+ * With reorder, bytes arrive in pieces.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -40,7 +42,8 @@ static void append(struct mp_sim_bytes *bytes, const void *data, uint64_t length
 	}
 	if (length_bytes == 0)
 		return;
-	bytes->data = mp_sim_grow(bytes->data, &bytes->capacity_bytes, bytes->end + length_bytes, 1);
+	bytes->data = mp_sim_grow(bytes->data, &bytes->capacity_bytes, bytes->end + length_bytes,
+				  1);
 	memcpy(bytes->data + bytes->end, data, length_bytes);
 	bytes->end += length_bytes;
 }

@@ -48,7 +48,8 @@ static void *grow(void *array, uint64_t needed, uint64_t *capacity, size_t eleme
 
 static void add_event(struct mp_driver_test *test, struct mp_driver_test_event event)
 {
-	test->events = grow(test->events, test->event_count + 1, &test->event_capacity, sizeof event);
+	test->events = grow(test->events, test->event_count + 1, &test->event_capacity,
+			    sizeof event);
 	test->events[test->event_count++] = event;
 }
 
@@ -139,7 +140,8 @@ static uint32_t cut(struct iovec *iov, uint8_t *buffer, uint64_t length_bytes, u
 }
 
 void mp_driver_test_queue(struct mp_driver_test *test, uint64_t cookie, uint32_t op, uint64_t file,
-			  uint64_t offset_bytes, uint64_t length_bytes, const void *data, uint32_t pieces)
+			  uint64_t offset_bytes, uint64_t length_bytes, const void *data,
+			  uint32_t pieces)
 {
 	struct operation *operation = calloc(1, sizeof *operation + pieces * sizeof(struct iovec));
 	struct mp_io *io = &operation->io;
@@ -166,7 +168,8 @@ void mp_driver_test_queue(struct mp_driver_test *test, uint64_t cookie, uint32_t
 			memcpy(operation->buffer, data, length_bytes);
 		io->iov_count = cut(operation->iov, operation->buffer, length_bytes, pieces);
 	}
-	test->queued = grow(test->queued, test->queued_count + 1u, &capacity, sizeof(struct mp_io *));
+	test->queued = grow(test->queued, test->queued_count + 1u, &capacity,
+			    sizeof(struct mp_io *));
 	test->queued_capacity = (uint32_t)capacity;
 	test->queued[test->queued_count++] = io;
 }
@@ -184,7 +187,8 @@ int64_t mp_driver_test_wait(struct mp_driver_test *test, int64_t timeout_ns)
 	return test->driver->wait(test->driver->self, timeout_ns);
 }
 
-int64_t mp_driver_test_take(struct mp_driver_test *test, struct mp_driver_test_event *out, uint64_t capacity)
+int64_t mp_driver_test_take(struct mp_driver_test *test, struct mp_driver_test_event *out,
+			    uint64_t capacity)
 {
 	uint64_t count = test->event_count - test->first_event;
 
@@ -196,7 +200,8 @@ int64_t mp_driver_test_take(struct mp_driver_test *test, struct mp_driver_test_e
 	return (int64_t)count;
 }
 
-int64_t mp_driver_test_data(struct mp_driver_test *test, uint64_t cookie, void *out, uint64_t capacity_bytes)
+int64_t mp_driver_test_data(struct mp_driver_test *test, uint64_t cookie, void *out,
+			    uint64_t capacity_bytes)
 {
 	struct operation *operation = test->operations;
 
@@ -242,7 +247,8 @@ void mp_driver_test_notify(struct mp_driver_test *test)
 	test->driver->notify(test->driver->self);
 }
 
-int mp_driver_test_watch(struct mp_driver_test *test, int socket, uint32_t interest, uint64_t cookie)
+int mp_driver_test_watch(struct mp_driver_test *test, int socket, uint32_t interest,
+			 uint64_t cookie)
 {
 	return test->driver->watch(test->driver->self, socket, interest, (void *)(uintptr_t)cookie);
 }
@@ -258,13 +264,15 @@ void mp_driver_test_close_on_ready(struct mp_driver_test *test, uint64_t cookie,
 	test->close_socket = socket;
 }
 
-int64_t mp_driver_test_receive(struct mp_driver_test *test, int socket, void *out, uint64_t capacity_bytes)
+int64_t mp_driver_test_receive(struct mp_driver_test *test, int socket, void *out,
+			       uint64_t capacity_bytes)
 {
 	struct iovec iov = {out, capacity_bytes};
 	return test->driver->receive(test->driver->self, socket, &iov, 1);
 }
 
-int64_t mp_driver_test_send(struct mp_driver_test *test, int socket, const void *bytes, uint64_t length_bytes)
+int64_t mp_driver_test_send(struct mp_driver_test *test, int socket, const void *bytes,
+			    uint64_t length_bytes)
 {
 	struct iovec iov = {(void *)(uintptr_t)bytes, length_bytes};
 	return test->driver->send(test->driver->self, socket, &iov, 1);

@@ -13,10 +13,15 @@
 
 enum { CHECKED_FROM = offsetof(struct mp_frame, checksum) + sizeof(uint64_t) };
 
+/* Magic, version and type stand before the checksum: they are its seed, or a flipped bit of the type
+ * would turn one good frame into another. */
 static uint64_t checksum(const void *frame, uint32_t checked_bytes)
 {
-	return mp_xxh3((const uint8_t *)frame + CHECKED_FROM,
-		       sizeof(struct mp_frame) - CHECKED_FROM + checked_bytes);
+	uint64_t seed;
+
+	memcpy(&seed, frame, sizeof seed);
+	return mp_xxh3_seeded(seed, (const uint8_t *)frame + CHECKED_FROM,
+			      sizeof(struct mp_frame) - CHECKED_FROM + checked_bytes);
 }
 
 /* May part of the payload be left to checksums of its own? */
