@@ -28,10 +28,11 @@ class StoreAway(CacheError):
 def escaped(text: str) -> str:
     """A name from outside as logfmt: quoted when needed, control characters escaped, bounded."""
     bounded = text if len(text) <= 256 else text[:253] + "..."
-    safe = "".join(
-        char if char.isprintable() and char not in '"\\' else char.encode("unicode_escape").decode()
-        if char not in '"\\'
-        else "\\" + char
-        for char in bounded
-    )
-    return f'"{safe}"' if not safe or any(char in ' ="\\' for char in safe) else safe
+    safe = "".join(_escaped_char(char) for char in bounded)
+    return f'"{safe}"' if not safe or any(char in ' ="' for char in safe) else safe
+
+
+def _escaped_char(char: str) -> str:
+    if char in '"\\':
+        return "\\" + char
+    return char if char.isprintable() else char.encode("unicode_escape").decode()

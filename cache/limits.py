@@ -11,8 +11,8 @@ GIB = 1024 * MIB
 # store's sync over sixteen blocks.
 BATCH_MAX_BYTES = 4 * MIB
 BATCH_MIN_BYTES = 64 * KIB
-# At most an eighth of a second's peak per batch, so that a window packs to at least 7/8.
-PEAK_PARTS = 8
+# At most a sixteenth of a second's peak per batch: a sliding second packs to at least 15/16.
+PEAK_PARTS = 16
 # A write waits this long for company before it is shipped: an overwritten block travels once, and
 # the store syncs once.  This is also the floor of the remote image's age.
 GATHER_S = 0.25
@@ -23,6 +23,7 @@ RESYNC_MAX_S = 1.0
 # Shaping.  The sliding second is measured with a margin of 1 ms for the clock's rounding.
 PEAK_WINDOW_S = 1.001
 AVERAGE_CAPACITY_S = 2.0
+TIMER_GRAIN_S = 0.001
 RATE_MIN_BYTES_PER_S = 64 * KIB
 
 # Links to stores.

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from millpond.native._native import ffi, lib
+from millpond.native import ffi, lib
 
 MESSAGE_BYTES = 512
 EVENTS_PER_CALL = 64
