@@ -17,6 +17,10 @@ class VolumeFenced(VolumeRefused):
     """Another cache took the volume over: nothing of ours is shipped or served any more."""
 
 
+class VolumeUnknown(VolumeRefused):
+    """The store has no such volume; it is never taken for an empty one."""
+
+
 class VolumeBusy(CacheError):
     """Another cache holds the volume; it may become free."""
 

@@ -34,7 +34,9 @@ BATCH_REPLY_TIMEOUT_S = 60.0
 OPEN_WAIT_S = 10.0
 STATUS_STORE_TIMEOUT_S = 2.0
 OPEN_RACES_MAX = 4
+BATCHES_IN_FLIGHT_MAX = 8  # per store: at most 8 batches of 4 MiB wait in sockets
 CORRUPT_RETRIES_MAX = 5
+BATCH_REPLY_MAX_BYTES = 4096  # a reply has 48 bytes, an ERROR frame one line
 
 # Volumes.
 CONNECTIONS_MAX = 4096

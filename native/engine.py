@@ -172,14 +172,22 @@ def _message(buffer: Any, error: int) -> str:
     return text or os.strerror(abs(error))
 
 
+def _device_driver(fd: int) -> Any:
+    """The real driver on a device; fd is consumed, on failure too."""
+    driver = lib.mp_driver_linux_device(fd)
+    if driver == ffi.NULL:
+        error = ffi.errno
+        os.close(fd)
+        raise NativeError(error, f"cannot use the device: {os.strerror(error)}")
+    return driver
+
+
 def format_device(fd: int, options: FormatOptions) -> None:
     """Format the cache device behind fd (opened O_DIRECT for writing); blocks, overwrites.
 
     The descriptor is consumed.  Raises NativeError with one line for the operator.
     """
-    driver = lib.mp_driver_linux_device(fd)
-    if driver == ffi.NULL:
-        raise NativeError(ffi.errno, f"cannot use the device: {os.strerror(ffi.errno)}")
+    driver = _device_driver(fd)
     try:
         c_options = ffi.new("struct mp_cache_format_options *")
         c_options.device_bytes = options.device_bytes
@@ -213,9 +221,7 @@ class Engine:
     @classmethod
     def open(cls, fd: int, options: EngineOptions) -> "Engine":
         """Recover the device behind fd (O_DIRECT, read-write), which is consumed.  Blocks."""
-        driver = lib.mp_driver_linux_device(fd)
-        if driver == ffi.NULL:
-            raise NativeError(ffi.errno, f"cannot use the device: {os.strerror(ffi.errno)}")
+        driver = _device_driver(fd)
         try:
             return cls.open_driver(driver, options)
         except BaseException:
