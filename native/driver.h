@@ -1,11 +1,13 @@
-/* driver.h - the whole outside world (disk, clock, chance, sockets) behind one table of functions.
+/* driver.h - the whole outside world (disk, clock, chance, sockets) behind one table.
  *
- * Two implementations: driver_linux.c (epoll, Linux AIO on O_DIRECT, one helper thread for calls that
- * block) and driver_sim.c (deterministic: one seed orders, delays, loses, tears, fails and crashes).
- * The core owns no file descriptor, thread or clock of its own, so that every line of it runs in both.
+ * Two implementations: driver_linux.c (epoll, Linux AIO on O_DIRECT, one helper thread for calls
+ * that block) and driver_sim.c (deterministic: one seed orders, delays, loses, tears, fails and
+ * crashes). The core owns no file descriptor, thread or clock of its own, so that every line of
+ * it runs in both.
  *
- * A core object (engine, store) owns one driver and is driven by one thread: its reactor. All functions
- * here are "reactor thread only" except wake and notify. Completions run inside wait, in that thread.
+ * A core object (engine, store) owns one driver and is driven by one thread: its reactor. All
+ * functions here are "reactor thread only" except wake and notify. Completions run inside wait,
+ * in that thread.
  */
 #ifndef MILLPOND_DRIVER_H
 #define MILLPOND_DRIVER_H
@@ -14,19 +16,36 @@
 #include <sys/types.h>
 #include <sys/uio.h>
 
+/* cdef: begin */
 enum mp_op {
 	MP_OP_READ = 1,   /* iov <- file at offset; whole length or an error (past the end: -EIO) */
-	MP_OP_WRITE,      /* iov -> file at offset; whole length or an error; not durable before a SYNC */
-	MP_OP_SYNC,       /* fdatasync: every WRITE, PUNCH, ALLOCATE of the file completed before is durable */
+	/* iov -> file at offset; whole length or an error; not durable before a SYNC */
+	MP_OP_WRITE,
+	/* fdatasync: every WRITE, PUNCH, ALLOCATE of the file completed before is durable */
+	MP_OP_SYNC,
 	MP_OP_PUNCH,      /* [offset, offset + length) reads as zeroes and is given back */
 	MP_OP_ALLOCATE,   /* [offset, offset + length) is reserved: later writes meet no ENOSPC */
-	MP_OP_CREATE,     /* file number comes into being, empty; durable (with its directory) when done */
+	/* file number comes into being, empty; durable (with its directory) when done */
+	MP_OP_CREATE,
 	MP_OP_REMOVE,     /* file number ceases to be; durable when done */
-	MP_OP_CALL        /* run call(io) off the reactor thread: compression, checksums of large batches */
+	/* run call(io) off the reactor thread: compression, checksums of large batches */
+	MP_OP_CALL
 };
+enum { MP_SOCKET_READ = 1, MP_SOCKET_WRITE = 2, MP_SOCKET_HANGUP = 4 };
 
-/* One asynchronous operation. The submitter owns it, and every byte that iov points to, until done runs.
- * Buffers, offsets and lengths of READ and WRITE are multiples of MP_BLOCK_BYTES (O_DIRECT). */
+struct mp_driver;
+/* driver_linux.c. fd or directory is opened by the caller (Python), ownership passes on success.
+ * The device must have been opened O_DIRECT (else EINVAL). Any thread; NULL and errno on
+ * failure. */
+struct mp_driver *mp_driver_linux_device(int fd);
+struct mp_driver *mp_driver_linux_directory(int directory_fd);
+int mp_driver_linux_notify_fd(struct mp_driver *driver); /* eventfd to watch; the driver owns it */
+void mp_driver_destroy(struct mp_driver *driver);
+/* cdef: end */
+
+/* One asynchronous operation. The submitter owns it, and every byte that iov points to, until
+ * done runs. Buffers, offsets and lengths of READ and WRITE are multiples of MP_BLOCK_BYTES
+ * (O_DIRECT). */
 struct mp_io {
 	uint32_t op;
 	uint32_t iov_count;              /* at most MP_IOV_MAX */
@@ -43,40 +62,38 @@ struct mp_io {
 };
 
 enum { MP_IOV_MAX = 512 };
-enum { MP_SOCKET_READ = 1, MP_SOCKET_WRITE = 2, MP_SOCKET_HANGUP = 4 };
 
 struct mp_driver {
 	void *self;
 	uint64_t (*now_ns)(void *self);                  /* monotonic */
 	void (*random_bytes)(void *self, void *buffer, size_t length);
-	/* Disk. submit takes ownership of each io until its done; it never fails, a full queue waits inside. */
+	/* Disk. submit takes ownership of each io until its done; it never fails, a full queue
+	 * waits inside. */
 	void (*submit)(void *self, struct mp_io *const *ios, uint32_t count);
 	int64_t (*file_length_bytes)(void *self, uint64_t file);              /* or -errno */
-	int64_t (*list_files)(void *self, uint64_t *numbers, uint64_t capacity); /* count, or -errno */
-	/* Sockets: non-blocking, -EAGAIN when they would. receive returns 0 at the end of the stream. */
+	/* count, or -errno */
+	int64_t (*list_files)(void *self, uint64_t *numbers, uint64_t capacity);
+	/* Sockets: non-blocking, -EAGAIN when they would. receive returns 0 at the end of the
+	 * stream. */
 	int64_t (*receive)(void *self, int socket, struct iovec *iov, int count);
 	int64_t (*send)(void *self, int socket, const struct iovec *iov, int count);
-	int (*watch)(void *self, int socket, uint32_t interest, void *context); /* again to change interest */
-	void (*close_socket)(void *self, int socket);    /* unwatches; no ready call for it after this */
-	void (*on_ready)(void *owner, void *context, uint32_t ready); /* set by the core before watch */
+	/* Again to change interest. 0: nothing is reported, not even a hangup. */
+	int (*watch)(void *self, int socket, uint32_t interest, void *context);
+	/* unwatches; no ready call for it after this */
+	void (*close_socket)(void *self, int socket);
+	/* set by the core before watch */
+	void (*on_ready)(void *owner, void *context, uint32_t ready);
 	void *owner;                                     /* passed to on_ready */
-	/* Run completions and ready sockets; sleep at most timeout_ns (0: poll, < 0: for ever) for the first.
-	 * Returns the number of events handled, or -errno when the world has ended (simulated crash). */
+	/* Run completions and ready sockets; sleep at most timeout_ns (0: poll, < 0: for ever)
+	 * for the first. Returns the number of events handled, or -errno when the world has
+	 * ended (simulated crash). */
 	int64_t (*wait)(void *self, int64_t timeout_ns);
 	void (*wake)(void *self);                        /* any thread: wait returns soon */
-	void (*notify)(void *self);                      /* any thread: tells the control plane to drain */
-	void (*destroy)(void *self);                     /* nothing may be in flight (real); frees the table */
+	/* any thread: tells the control plane to drain */
+	void (*notify)(void *self);
+	/* nothing may be in flight (real); frees the table */
+	void (*destroy)(void *self);
 };
-
-/* driver_linux.c. fd or directory is opened by the caller (Python), ownership passes on success.
- * direct: the device was opened O_DIRECT. Any thread; NULL and errno on failure. */
-/* cdef: begin */
-struct mp_driver;
-struct mp_driver *mp_driver_linux_device(int fd);
-struct mp_driver *mp_driver_linux_directory(int directory_fd);
-int mp_driver_linux_notify_fd(struct mp_driver *driver); /* eventfd to watch; the driver owns it */
-void mp_driver_destroy(struct mp_driver *driver);
-/* cdef: end */
 
 /* helper.c: submit one io and wait until it is done; recovery only, never on a data path. */
 int64_t mp_driver_do(struct mp_driver *driver, struct mp_io *io);

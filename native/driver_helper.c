@@ -57,7 +57,8 @@ int64_t mp_driver_write(struct mp_driver *driver, uint64_t file, uint64_t offset
 			const void *buffer, uint64_t length_bytes)
 {
 	/* A WRITE only reads through iov_base, which POSIX types without const. */
-	return transfer(driver, MP_OP_WRITE, file, offset_bytes, (void *)(uintptr_t)buffer, length_bytes);
+	return transfer(driver, MP_OP_WRITE, file, offset_bytes, (void *)(uintptr_t)buffer,
+			length_bytes);
 }
 
 int64_t mp_driver_sync(struct mp_driver *driver, uint64_t file)

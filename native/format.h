@@ -6,8 +6,9 @@
  * Rules: little endian, natural alignment, no packed structs, holes are named `reserved`, written as
  * zero and checked on read. Magic and checksum come first; 0 is never a valid address or checksum.
  * An unknown incompatible feature bit refuses the object; an unknown compatible bit is ignored.
- * Checksums are XXH3-64. Headers: unseeded, over everything behind the checksum field. Data: seeded
- * with (origin volume, block), see mp_data_seed in record.h, so that a block in the wrong place fails.
+ * Checksums are XXH3-64. Headers: unseeded (but see mp_frame), over everything behind the checksum
+ * field. Data: seeded with (origin volume, block), see mp_volume_seed in record.h, so that a block in
+ * the wrong place fails.
  */
 #ifndef MILLPOND_FORMAT_H
 #define MILLPOND_FORMAT_H
@@ -256,7 +257,8 @@ struct mp_frame {
 	uint32_t magic;
 	uint16_t version;
 	uint16_t type;                 /* enum mp_frame_type */
-	uint64_t checksum;             /* header behind this field and the first checked_bytes of payload */
+	uint64_t checksum;             /* header behind this field and the first checked_bytes of payload;
+					* seeded with the 8 bytes before it, so that they count too */
 	uint32_t payload_bytes;
 	uint32_t checked_bytes;        /* what follows carries its own checksums (records, stored extents) */
 	uint32_t status;               /* enum mp_status, replies only */
@@ -295,7 +297,7 @@ struct mp_piece {
 	struct mp_extent extent;       /* as stored; the wanted blocks lie within */
 };
 
-/* BATCH: payload = the records of one batch, all parts in order, each 8-byte aligned. */
+/* BATCH: payload = the records of one batch, all parts in order, each followed by zeroes to 8 bytes. */
 struct mp_batch_reply {            /* BATCH_REPLY: payload; checked */
 	uint8_t volume[16];
 	uint64_t epoch;                /* the store's */

@@ -60,4 +60,6 @@ int64_t mp_batch_encode(const uint8_t *volume, uint64_t lineage, uint64_t epoch,
 			uint64_t capacity_bytes, uint64_t *last_sequence);
 /* cdef: end */
 
+uint64_t mp_xxh3_seeded(uint64_t seed, const void *data, uint64_t length_bytes); /* never 0 */
+
 #endif
