@@ -5,9 +5,9 @@
     {"op": "stop"}              -> {"ok": true}, then the daemon stops
     anything else               -> {"ok": false, "code": "E_INVALID", "message": one line}
 
-Rules: permission of the socket file is the authentication (0660).  Lines, connections and idle time
-are bounded.  A call never changes what a guest sees, except stop.
-Failure modes: a malformed line is answered and the connection goes on; one that is too long ends it.
+Rules: permission of the socket file is the authentication (0660).  Lines, connections and idle
+time are bounded.  A call never changes what a guest sees, except stop.
+Failure modes: a malformed line is answered and the connection goes on; too long a line ends it.
 """
 
 import asyncio
@@ -147,7 +147,9 @@ async def call(path: str, op: str, *, timeout_s: float = 10.0) -> dict[str, Any]
                 writer.close()
         reply = msgspec.json.decode(line, type=dict[str, Any])
     except (OSError, ValueError, msgspec.DecodeError) as error:
-        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "no answer"
+        reason = (
+            os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "no answer"
+        )
         raise CacheError(f"no cache answers at {escaped(path)}: {reason}") from None
     if not reply.pop("ok", False):
         raise CacheError(str(reply.get("message", "refused")))

@@ -10,6 +10,7 @@ does not stop in time: the process ends without the clean checkpoint, as after a
 
 import asyncio
 import logging
+from collections.abc import Awaitable
 from dataclasses import dataclass, field
 
 from millpond.cache import limits
@@ -155,7 +156,7 @@ class CacheDaemon:
         await self._wait_for(asyncio.shield(self.events.stopped), limits.STOP_ENGINE_S)
         return self.events.stopped.done()
 
-    async def _wait_for(self, work: "asyncio.Future[object]", limit_s: float) -> None:
+    async def _wait_for(self, work: Awaitable[object], limit_s: float) -> None:
         try:
             async with asyncio.timeout(limit_s):
                 await work

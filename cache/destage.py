@@ -257,16 +257,17 @@ class VolumeDestage:
             async with asyncio.timeout(limits.GATHER_S):
                 await self._hurry.wait()
 
+    async def _wait_ready(self, limit_s: float) -> None:
+        """Until the engine says that there is something to ship, or not longer than that."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                await self._ready.wait()
+        self._ready.clear()
+
     async def _cut(self, resync: Backoff) -> Batch | None:
         """The next batch, or None when everything is applied at the store."""
         while True:
-            cookie = self._events.new_cookie()
-            max_bytes = self._shaper.cut_bytes
-            batch = await self._events.ask(
-                Batch,
-                cookie,
-                lambda: self._engine.cut(self._id, max_bytes=max_bytes, cookie=cookie),
-            )
+            batch = await self._ask_to_cut()
             if batch.status == 0:
                 resync.reset()
                 return batch
@@ -274,9 +275,18 @@ class VolumeDestage:
                 if not self._has_undestaged():
                     resync.reset()
                     return None
-                await resync.wait()  # the cut started a sync; nothing tells when it is done
+                await self._wait_ready(resync.next_s())  # the cut started a sync
                 continue
             raise VolumeRefused(batch.message or f"the write log cannot be read: {batch.status}")
+
+    async def _ask_to_cut(self) -> Batch:
+        cookie = self._events.new_cookie()
+        max_bytes = self._shaper.cut_bytes
+        return await self._events.ask(
+            Batch,
+            cookie,
+            lambda: self._engine.cut(self._id, max_bytes=max_bytes, cookie=cookie),
+        )
 
     async def _ship(self, batch: Batch) -> bool:
         """Send until applied: True.  False: cut it again."""
@@ -323,9 +333,7 @@ class VolumeDestage:
         self.problem = reason
         self.retries += 1
         if backoff.is_first:
-            log.warning(
-                "destage delayed volume=%s reason=%s", escaped(self._name), escaped(reason)
-            )
+            log.warning("destage delayed volume=%s reason=%s", escaped(self._name), escaped(reason))
 
     def _has_undestaged(self) -> bool:
         found = find_volume(self._engine, self._id)
@@ -343,7 +351,9 @@ def find_volume(engine: Engine, volume_id: bytes) -> VolumeStatus | None:
 def _stop(reply: BatchReply) -> VolumeRefused:
     """The store's answer means that this volume must not go on."""
     if reply.status == lib.MP_STATUS_STALE_EPOCH:
-        return VolumeFenced("another cache has opened the volume; nothing more is shipped from here")
+        return VolumeFenced(
+            "another cache has opened the volume; nothing more is shipped from here"
+        )
     return VolumeRefused(
         f"the store refuses a batch ({reply.status_name}) and stands at sequence"
         f" {reply.applied_sequence}; what is not shipped stays on this device"

@@ -77,7 +77,7 @@ def format_cache(
     force: bool = False,
     chance: Chance,
 ) -> bytes:
-    """Format a device or file (made when size_bytes is given); returns the new cache id.  Blocks."""
+    """Format a device, or a file (made when size_bytes is given); the new cache id.  Blocks."""
     check_slot_bytes(slot_bytes)
     if size_bytes is not None:
         _make_file(path, size_bytes)
@@ -142,7 +142,7 @@ def _make_file(path: str, size_bytes: int) -> None:
     try:
         os.posix_fallocate(descriptor, 0, size_bytes)
         os.fsync(descriptor)
-        _sync_directory(os.path.dirname(os.path.abspath(path)))
+        sync_directory(os.path.dirname(os.path.abspath(path)))
     except OSError as error:
         os.unlink(path)
         raise DeviceError(
@@ -152,7 +152,8 @@ def _make_file(path: str, size_bytes: int) -> None:
         os.close(descriptor)
 
 
-def _sync_directory(path: str) -> None:
+def sync_directory(path: str) -> None:
+    """What was created in, or renamed within, a directory is durable after this."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -247,7 +248,8 @@ def _blkid(path: str) -> str:
     if result.returncode == 2:  # nothing found
         return ""
     tags = dict(
-        line.split("=", 1) for line in result.stdout.decode("utf-8", "replace").splitlines()
+        line.split("=", 1)
+        for line in result.stdout.decode("utf-8", "replace").splitlines()
         if "=" in line
     )
     if result.returncode not in (0, 8) or not tags:

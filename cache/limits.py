@@ -16,8 +16,9 @@ PEAK_PARTS = 16
 # A write waits this long for company before it is shipped: an overwritten block travels once, and
 # the store syncs once.  This is also the floor of the remote image's age.
 GATHER_S = 0.25
-# The engine answered "nothing synced to ship" and started a sync: ask again after one.
-RESYNC_FIRST_S = 0.01
+# The engine answered "nothing synced to ship" and started a sync; its end is announced, and asked
+# for again after so long in case that the announcement was for something else.
+RESYNC_FIRST_S = 0.1
 RESYNC_MAX_S = 1.0
 
 # Shaping.  The sliding second is measured with a margin of 1 ms for the clock's rounding.

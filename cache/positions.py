@@ -1,9 +1,9 @@
 """Whose writes are newest: the pure rules that compare a store's record with the device's memory.
 
-Epochs are the evidence.  The store's epoch grows by one with every writable open, by whomever; so an
-epoch that has not moved since ours, or by exactly one and to us, means that nobody else has written.
-By induction an open_holder that is us is enough for dirty records: this check ran before each of our
-opens.  For read slots the proof has to be whole, see slots_are_valid.
+Epochs are the evidence.  The store's epoch grows by one with every writable open, by whomever; so
+an epoch that has not moved since ours, or by exactly one and to us, means that nobody else has
+written.  By induction an open_holder that is us is enough for dirty records: this check ran before
+each of our opens.  For read slots the proof has to be whole, see slots_are_valid.
 """
 
 from millpond.cache.errors import VolumeRefused
@@ -30,9 +30,9 @@ def check_still_ours(record: VolumeRecord, known: VolumeStatus | None, cache_id:
         )
     if record.epoch < known.epoch or record.applied_sequence < known.destaged_sequence:
         raise VolumeRefused(
-            f"the store is older than what this cache has shipped (epoch {record.epoch} sequence"
-            f" {record.applied_sequence}, here {known.epoch} and {known.destaged_sequence}): it lost"
-            " data or was restored; repair it, or format this cache to accept the older state"
+            f"the store (epoch {record.epoch}, sequence {record.applied_sequence}) is older than"
+            f" what this cache has shipped ({known.epoch}, {known.destaged_sequence}): it lost data"
+            " or was restored; repair it, or format this cache to accept the older state"
         )
     if not known.has_undestaged or record.open_holder == ours or record.epoch == known.epoch:
         return

@@ -2,10 +2,12 @@
 
 Rules: opening is compare-and-swap on every recorded in-sync member; "dirty" is on record only when
 every in-sync member has it; an unknown volume is never an empty one.  This version keeps sets of
-one: a second member is refused at construction, so that nobody believes in a copy that is not there.
+one: a second member is refused at construction, so that nobody believes in a copy that is not
+there.
 
 Failure modes: a member that cannot be reached: StoreAway (with a set of one there is no survivor to
-record it as out of date on, so everybody waits); it refuses: VolumeBusy, VolumeFenced, VolumeRefused.
+record it as out of date on, so everybody waits); it refuses: VolumeBusy, VolumeFenced,
+VolumeRefused.
 """
 
 import logging
@@ -61,7 +63,9 @@ class StoreNode:
         self.fetch = FetchStream(address, identity, engine=engine, replica=index)
         self.destage = DestageStream(address, identity)
 
-    async def find(self, *, name: str | None = None, volume_id: bytes | None = None) -> VolumeRecord:
+    async def find(
+        self, *, name: str | None = None, volume_id: bytes | None = None
+    ) -> VolumeRecord:
         """A volume by name or id; VolumeRefused when the store has none such."""
         selector = {"name": name} if name is not None else {"id": (volume_id or b"").hex()}
         return await self.volume_call("volume.show", name or (volume_id or b"").hex(), **selector)

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from millpond.cache import limits
 from millpond.cache.errors import (
     CacheError,
-    StoreAway,
     VolumeBusy,
     VolumeRefused,
     VolumeUnknown,

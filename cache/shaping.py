@@ -233,4 +233,3 @@ class Shaper:
             Permit(bytes_count, granted).finish()
             raise
         return Permit(bytes_count, granted)
-

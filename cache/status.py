@@ -4,8 +4,10 @@ Rules: keys are additive only; sizes are bytes, ages seconds, rates bytes per se
 waits for the engine; the store's counters are asked for with a short limit.
 """
 
+from collections.abc import Callable
 from typing import Any
 
+from millpond.cache.control import Handler
 from millpond.cache.daemon import CacheDaemon
 from millpond.cache.replicas import StoreNode, store_status
 from millpond.cache.shaping import Admission
@@ -16,6 +18,22 @@ from millpond.native.engine import VolumeStatus
 def hit_rate(hits: int, misses: int) -> float | None:
     """Share of hits, None before the first request."""
     return hits / (hits + misses) if hits + misses else None
+
+
+def handlers_of(daemon: CacheDaemon, ask_to_stop: Callable[[], None]) -> dict[str, Handler]:
+    """The operations of the control socket."""
+
+    async def status() -> dict[str, Any]:
+        return await status_of(daemon)
+
+    async def volumes() -> dict[str, Any]:
+        return {"volumes": volumes_of(daemon)}
+
+    async def stop() -> dict[str, Any]:
+        ask_to_stop()
+        return {}
+
+    return {"status": status, "volumes": volumes, "stop": stop}
 
 
 async def status_of(daemon: CacheDaemon) -> dict[str, Any]:
@@ -32,9 +50,7 @@ async def status_of(daemon: CacheDaemon) -> dict[str, Any]:
             "slots": counters["slot_checksum_errors"],
             "log": counters["log_checksum_errors"],
             "fetch": counters["fetch_checksum_errors"],
-            "store_segments": sum(
-                store["counters"].get("checksum_errors", 0) for store in stores
-            ),
+            "store_segments": sum(store["counters"].get("checksum_errors", 0) for store in stores),
         },
         "volumes": volumes,
         "stores": stores,
@@ -50,9 +66,7 @@ def volumes_of(daemon: CacheDaemon) -> list[dict[str, Any]]:
     return [_volume(each, daemon.volumes.get(each), known.get(each)) for each in ids]
 
 
-def _volume(
-    volume_id: bytes, volume: Volume | None, status: VolumeStatus | None
-) -> dict[str, Any]:
+def _volume(volume_id: bytes, volume: Volume | None, status: VolumeStatus | None) -> dict[str, Any]:
     """One volume: what the control plane decided, and what the engine counts."""
     record = volume.record if volume is not None else None
     destage = volume.destage if volume is not None else None

@@ -324,9 +324,7 @@ class Volume:
             shaper=self.shaper,
             on_drained=self._is_drained,
         )
-        self._destage_task = world.tasks.spawn(
-            self._ship(self.destage), f"destage-{self.id.hex()}"
-        )
+        self._destage_task = world.tasks.spawn(self._ship(self.destage), f"destage-{self.id.hex()}")
 
     async def _ship(self, destage: VolumeDestage) -> None:
         try:
