@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from driver_support import BLOCK, Harness, block
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from driver_support import BLOCK, Harness, block
 from millpond.native import ffi, lib
 from millpond.native.drivers import DriverError, Op, destroy, open_device, open_directory
 

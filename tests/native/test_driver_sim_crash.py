@@ -10,10 +10,10 @@ import itertools
 from dataclasses import dataclass, field
 
 import pytest
-from driver_support import BLOCK, Harness, block
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from driver_support import BLOCK, Harness, block
 from millpond.native.drivers import Op, Sim, SimOptions
 
 PAGES = 8
