@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from driver_support import BLOCK, Harness, block
+from driver_support import BLOCK, Event, Harness, block
 from millpond.native import ffi, lib
 from millpond.native.drivers import DriverError, Op, destroy, open_device, open_directory
 
@@ -305,7 +305,7 @@ def test_a_socket_closed_within_the_batch_is_not_called(device: Harness, replace
 def test_a_polled_file_needs_no_sockets(device: Harness) -> None:
     device.queue(1, Op.READ, length=BLOCK)
     device.submit()
-    events = []
+    events: list[Event] = []
     while not events:
         assert device.wait(0) >= 0
         events = device.take()
