@@ -24,6 +24,7 @@ class DataSession(Session):
         self._core = core
         self._high = limits.FETCH_PENDING_HIGH_BYTES if fetch else limits.DESTAGE_PENDING_HIGH_BYTES
         self._low = limits.FETCH_PENDING_LOW_BYTES if fetch else limits.DESTAGE_PENDING_LOW_BYTES
+        self.receive_bytes = limits.FETCH_RECEIVE_BYTES if fetch else limits.RECEIVE_BYTES
         self._writable = True
         self._behind = False  # the core has too much of ours to answer
         self._taking = False

@@ -66,7 +66,7 @@ class VolumeState:
     @property
     def name(self) -> str:
         """An alias of the id, unique in its store."""
-        return ffi.string(self._state.name).decode("utf-8", "replace")  # type: ignore[union-attr]
+        return ffi.string(self._state.name).decode("utf-8", "replace")
 
     @property
     def size_bytes(self) -> int:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from store_daemon import ME, OTHER, RunTest, Running, running
+from store_daemon import ME, OTHER, Running, RunTest, running
 
 from millpond.store.catalogue import check_name
 from millpond.store.client import StoreClient
