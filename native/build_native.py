@@ -25,7 +25,9 @@ HEADERS = (
     "driver_sim.h",
     "driver_test.h",
     "record.h",
+    "policy.h",
     "slots.h",
+    "buffers.h",
     "store.h",
     "engine.h",
 )

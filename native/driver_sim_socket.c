@@ -70,12 +70,15 @@ int64_t mp_sim_receive(void *self, int socket, struct iovec *iov, int count)
 {
 	struct mp_sim *sim = self;
 	struct mp_sim_socket *from = find_open(sim, socket);
-	uint64_t left = piece(sim, used(&from->to_core)), got = 0;
+	uint64_t left = 0, got = 0;
 
 	if (from->dead)
 		return -ESHUTDOWN;
-	if (left == 0)
+	if (used(&from->to_core) == 0)
 		return from->hung_up ? 0 : -EAGAIN;
+	for (int i = 0; i < count; i++)
+		left += iov[i].iov_len;
+	left = piece(sim, left < used(&from->to_core) ? left : used(&from->to_core));
 	for (int i = 0; i < count && left > 0; i++) {
 		uint64_t want = iov[i].iov_len < left ? iov[i].iov_len : left;
 		uint64_t taken = take(&from->to_core, iov[i].iov_base, want);

@@ -115,7 +115,8 @@ int mp_engine_link(struct mp_engine *engine, uint32_t replica, int up);
 
 enum mp_event_type { MP_EVENT_OPENED = 1, MP_EVENT_CLOSED, MP_EVENT_CONNECTION_CLOSED, MP_EVENT_NEED_DIRTY,
 	MP_EVENT_DIRTY_CLEAR, MP_EVENT_BATCH, MP_EVENT_DIRTY_READY, MP_EVENT_VOLUME_FAILED,
-	MP_EVENT_ENGINE_FAILED, MP_EVENT_STOPPED };
+	MP_EVENT_ENGINE_FAILED, MP_EVENT_STOPPED, MP_EVENT_LINK_BROKEN };
+/* MP_EVENT_LINK_BROKEN: the fetch stream is malformed or damaged: drop the connection, link down, connect, link up. */
 /* MP_EVENT_DIRTY_READY: a volume without undestaged records has some now (ask with cut). */
 struct mp_event {
 	uint32_t type;                     /* enum mp_event_type */

@@ -13,8 +13,8 @@
 
 enum { CHECKED_FROM = offsetof(struct mp_frame, checksum) + sizeof(uint64_t) };
 
-/* Magic, version and type stand before the checksum: they are its seed, or a flipped bit of the type
- * would turn one good frame into another. */
+/* Magic, version and type stand before the checksum: they are its seed, or a flipped bit of the
+ * type would turn one good frame into another. */
 static uint64_t checksum(const void *frame, uint32_t checked_bytes)
 {
 	uint64_t seed;

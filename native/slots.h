@@ -14,21 +14,27 @@
 /* cdef: begin */
 struct mp_slots;
 struct mp_slots_counters { uint64_t used_slots, valid_blocks, evictions, admitted, rejected, invalidated,
-	ages; };
+	ages, looks; }; /* looks: slots examined to find victims */
 struct mp_slots *mp_slots_new(uint32_t slot_count, uint32_t slot_blocks, uint64_t seed); /* NULL: errno */
 void mp_slots_free(struct mp_slots *slots);
 /* The slot that holds this block validly, or -1. checksum: 32 bits; restored: 1 when the entry came from a
  * checkpoint and was not yet seen to verify (a mismatch is then staleness, not corruption). */
 int64_t mp_slots_find(const struct mp_slots *slots, uint32_t origin, uint64_t block, uint32_t *checksum,
 		      int *restored);
-void mp_slots_verified(struct mp_slots *slots, int64_t slot);
+void mp_slots_verified(struct mp_slots *slots, int64_t slot, uint64_t block); /* no longer restored */
 void mp_slots_touch(struct mp_slots *slots, uint32_t origin, uint64_t block); /* one access, hit or miss */
-/* Make room for this block: its slot if it has one, else a free one, else the victim's if the candidate wins the
- * duel. The slot is pinned for the caller. -1: not admitted, or everything looked at is pinned. */
+/* Make room for this block: its slot if it has one, else a free one, else a victim's. The slot is
+ * pinned for the caller and the block is claimed: one reserve per block to be filled. -1: not
+ * admitted, everything looked at is pinned, the block is valid already, or it may still be read or
+ * filled (claimed, or invalidated while pinned, until the slot's pins are gone). A fill that failed
+ * is just unpinned. */
 int64_t mp_slots_reserve(struct mp_slots *slots, uint32_t origin, uint64_t block);
-/* The data is in the slot: the block becomes valid. Slot must be reserved (pinned) for this key. */
+/* The data is in the slot: the block becomes valid, unless it was invalidated since its reserve.
+ * Slot must be reserved (pinned) for this key; the pin stays. */
 void mp_slots_install(struct mp_slots *slots, int64_t slot, uint64_t block, uint32_t checksum);
-void mp_slots_pin(struct mp_slots *slots, int64_t slot);    /* I/O in flight: not evicted, not refilled */
+/* I/O in flight: not evicted, not refilled. find and reserve say -1 from 192 pins on, so up to 63
+ * pins may follow one find. */
+void mp_slots_pin(struct mp_slots *slots, int64_t slot);
 void mp_slots_unpin(struct mp_slots *slots, int64_t slot);
 int mp_slots_pins(const struct mp_slots *slots, int64_t slot);
 void mp_slots_invalidate(struct mp_slots *slots, uint32_t origin, uint64_t first_block, uint64_t block_count);
@@ -37,7 +43,8 @@ void mp_slots_invalidate(struct mp_slots *slots, uint32_t origin, uint64_t first
 uint64_t mp_slots_sweep(struct mp_slots *slots, uint32_t origin, uint64_t first_block, uint64_t block_count,
 			uint64_t cursor, uint32_t budget);
 /* Checkpoint: entries [first, first + count) as struct mp_slot_entry each followed by slot_blocks uint32
- * checksums. load: entries are marked restored; malformed ones are skipped. heat seeds the sketch. */
+ * checksums. load: entries are marked restored; malformed ones are skipped. heat seeds the sketch.
+ * load only into a new table, ascending, without overlap. */
 uint64_t mp_slots_entry_bytes(const struct mp_slots *slots);
 void mp_slots_save(const struct mp_slots *slots, uint64_t first, uint64_t count, void *out);
 void mp_slots_load(struct mp_slots *slots, uint64_t first, uint64_t count, const void *in);

@@ -1,0 +1,399 @@
+/* checkpoint.c - the log index and the slot table, saved, so that log segments may be used again.
+ *
+ * Order, each step durable before the next: body (volumes, segment table, tombstones as of one instant; then index and
+ * slots as they are when the walk passes) -> header -> one sync, which also covers every log record that is applied ->
+ * superblock (the other copy) -> sync -> segments released before it began are free.
+ * Two areas take turns, so that the last checkpoint stays whole until the superblock names the next.
+ *
+ * Why the fuzzy parts are right: recovery replays the log from each volume's position in the captured part. Whatever
+ * the walk saw that is newer was applied before the sync, so its record is durable and replayed as well. What the walk
+ * missed because it was released meanwhile is in slots or at the store, and its segment is not used again before
+ * the next checkpoint. Tombstones are captured first: what they hide may be saved, they hide it again.
+ *
+ * What a crash leaves: before the superblock: the old checkpoint, whole. After: the new one.
+ * Failure modes: a failed write or sync fails the engine (nothing is acknowledged any more).
+ */
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
+#include "engine_internal.h"
+
+enum { STAGE_IDLE, STAGE_CAPTURED, STAGE_INDEX, STAGE_SLOTS, STAGE_TAIL, STAGE_HEADER, STAGE_SYNC,
+	STAGE_SUPER, STAGE_SUPER_SYNC };
+
+void checkpoint_fill_volume(const struct volume *volume, struct mp_cache_volume *out)
+{
+	memset(out, 0, sizeof *out);
+	memcpy(out->id, volume->id, sizeof out->id);
+	out->size_bytes = volume->size_bytes;
+	out->epoch = volume->epoch;
+	out->lineage = volume->lineage;
+	out->destaged_sequence = volume->destaged_sequence;
+	out->last_sequence = volume->applied_sequence;
+	out->synced_sequence = volume->synced_sequence;
+	if (volume->tail_segment != NO_SEGMENT)
+		out->tail_ordinal = volume->engine->segments[volume->tail_segment].ordinal;
+	out->head_ordinal = volume->applied_ordinal;
+	out->head_offset_bytes = volume->applied_offset_bytes;
+	out->head_checksum = volume->applied_checksum;
+	out->head_incarnation = volume->applied_incarnation;
+	out->slots_sequence = volume->applied_sequence;
+	out->origin = volume->origin;
+	out->number = volume->number;
+}
+
+static uint8_t *capture_volumes(struct mp_engine *engine, uint8_t *out)
+{
+	struct mp_cache_volume state;
+	uint32_t i;
+
+	for (i = 0; i < engine->volume_count; i++)
+		if (engine->volumes[i]) {
+			checkpoint_fill_volume(engine->volumes[i], &state);
+			memcpy(out, &state, sizeof state);
+			out += sizeof state;
+			engine->checkpoint.header.volume_count++;
+		}
+	return out;
+}
+
+static uint8_t *capture_segments(struct mp_engine *engine, uint8_t *out)
+{
+	uint32_t i;
+
+	for (i = 0; i < engine->segment_count; i++) {
+		const struct segment *segment = &engine->segments[i];
+		bool chained = segment->state == SEGMENT_CHAIN;
+		struct mp_segment_entry entry = {.ordinal = chained ? segment->ordinal : 0,
+						 .number = chained ? segment->number : 0,
+						 .state = chained};
+		memcpy(out, &entry, sizeof entry);
+		out += sizeof entry;
+	}
+	engine->checkpoint.header.segment_count = engine->segment_count;
+	return out;
+}
+
+static uint8_t *capture_tombstones(struct mp_engine *engine, uint8_t *out)
+{
+	uint32_t i, j;
+
+	for (i = 0; i < engine->volume_count; i++) {
+		const struct volume *volume = engine->volumes[i];
+		for (j = 0; volume && j < volume->tombstones.count; j++) {
+			const struct tombstone *item = &volume->tombstones.items[j];
+			struct mp_tombstone entry = {.first_block = item->first_block,
+						     .block_count = item->block_count,
+						     .sequence = item->sequence,
+						     .number = volume->number};
+			memcpy(out, &entry, sizeof entry);
+			out += sizeof entry;
+			engine->checkpoint.header.tombstone_count++;
+		}
+	}
+	return out;
+}
+
+static bool begin(struct mp_engine *engine)
+{
+	struct checkpoint *checkpoint = &engine->checkpoint;
+	uint64_t bytes = (uint64_t)engine->volume_count * sizeof(struct mp_cache_volume) +
+			 (uint64_t)engine->segment_count * sizeof(struct mp_segment_entry) +
+			 engine->tombstone_count * sizeof(struct mp_tombstone);
+	uint8_t *out;
+
+	checkpoint->captured = malloc(bytes + 1);
+	checkpoint->hash = XXH3_createState();
+	if (!checkpoint->captured || !checkpoint->hash) {
+		free(checkpoint->captured);
+		XXH3_freeState(checkpoint->hash);
+		return false;
+	}
+	XXH3_64bits_reset(checkpoint->hash);
+	memset(&checkpoint->header, 0, sizeof checkpoint->header);
+	out = capture_volumes(engine, checkpoint->captured);
+	out = capture_segments(engine, out);
+	out = capture_tombstones(engine, out);
+	checkpoint->captured_bytes = (uint64_t)(out - checkpoint->captured);
+	checkpoint->running = true;
+	checkpoint->wanted = false;
+	checkpoint->serial++;
+	checkpoint->log_bytes = 0;
+	checkpoint->clean = engine->stopping;
+	checkpoint->cursor = 0;
+	checkpoint->filled_bytes = 0;
+	checkpoint->offset_bytes = MP_BLOCK_BYTES; /* the header comes last, in front */
+	checkpoint->index_rebuilds = engine->index.rebuilds;
+	checkpoint->stage = STAGE_CAPTURED;
+	return true;
+}
+
+static void end(struct mp_engine *engine)
+{
+	struct checkpoint *checkpoint = &engine->checkpoint;
+
+	free(checkpoint->captured);
+	XXH3_freeState(checkpoint->hash);
+	checkpoint->captured = NULL;
+	checkpoint->hash = NULL;
+	checkpoint->running = false;
+	checkpoint->stage = STAGE_IDLE;
+}
+
+static void free_waiting(struct mp_engine *engine)
+{
+	uint32_t i;
+
+	for (i = 0; i < engine->segment_count && engine->segments_waiting; i++) {
+		struct segment *segment = &engine->segments[i];
+		if (segment->state == SEGMENT_WAITING &&
+		    segment->released_serial < engine->checkpoint.serial) {
+			segment->state = SEGMENT_FREE;
+			engine->segments_waiting--;
+			engine->segments_free++;
+		}
+	}
+}
+
+static void completed(struct mp_engine *engine)
+{
+	struct checkpoint *checkpoint = &engine->checkpoint;
+
+	engine->super = checkpoint->super;
+	engine->super_copy ^= 1;
+	engine->counters.checkpoints++;
+	engine->counters.checkpoint_bytes += checkpoint->offset_bytes;
+	checkpoint->completed_serial = checkpoint->serial;
+	free_waiting(engine);
+	end(engine);
+}
+
+/* ---- one I/O at a time ---- */
+
+static void io_done(struct mp_io *io)
+{
+	struct mp_engine *engine = io->context;
+	struct checkpoint *checkpoint = &engine->checkpoint;
+
+	engine->ios_inflight--;
+	io->context = NULL; /* idle */
+	checkpoint->filled_bytes -= checkpoint->flushing_bytes;
+	memmove(checkpoint->buffer, checkpoint->buffer + checkpoint->flushing_bytes,
+		checkpoint->filled_bytes);
+	checkpoint->flushing_bytes = 0;
+	if (io->result < 0) {
+		end(engine);
+		engine_fail(engine, (int)-io->result, "a checkpoint could not be written");
+		return;
+	}
+	if (checkpoint->stage == STAGE_SUPER_SYNC)
+		completed(engine);
+	else if (checkpoint->stage == STAGE_HEADER)
+		checkpoint->stage = STAGE_SYNC;
+	else if (checkpoint->stage == STAGE_SYNC)
+		checkpoint->stage = STAGE_SUPER;
+	else if (checkpoint->stage == STAGE_SUPER)
+		checkpoint->stage = STAGE_SUPER_SYNC;
+}
+
+static void submit(struct mp_engine *engine, uint32_t op, uint64_t offset_bytes, uint64_t length_bytes)
+{
+	struct checkpoint *checkpoint = &engine->checkpoint;
+
+	memset(&checkpoint->io, 0, sizeof checkpoint->io);
+	checkpoint->iov.iov_base = checkpoint->buffer;
+	checkpoint->iov.iov_len = length_bytes;
+	checkpoint->io.op = op;
+	checkpoint->io.iov = &checkpoint->iov;
+	checkpoint->io.iov_count = length_bytes ? 1 : 0;
+	checkpoint->io.offset_bytes = offset_bytes;
+	checkpoint->io.length_bytes = length_bytes;
+	checkpoint->io.done = io_done;
+	checkpoint->io.context = engine;
+	engine_submit(engine, &checkpoint->io);
+}
+
+static uint64_t area_offset_bytes(const struct mp_engine *engine)
+{
+	uint32_t area = engine->super.checkpoint_generation ? engine->super.checkpoint_area ^ 1 : 0;
+
+	return engine->super.checkpoint_offset_bytes[area];
+}
+
+/* Write whole blocks of what is in the buffer; the rest stays for the next, but for the last, which is padded. */
+static void flush(struct mp_engine *engine, bool last)
+{
+	struct checkpoint *checkpoint = &engine->checkpoint;
+	uint64_t bytes = checkpoint->filled_bytes / MP_BLOCK_BYTES * MP_BLOCK_BYTES;
+
+	if (last && bytes < checkpoint->filled_bytes) {
+		bytes += MP_BLOCK_BYTES;
+		memset(checkpoint->buffer + checkpoint->filled_bytes, 0,
+		       bytes - checkpoint->filled_bytes);
+		checkpoint->filled_bytes = bytes;
+	}
+	XXH3_64bits_update(checkpoint->hash, checkpoint->buffer, bytes);
+	assert(checkpoint->offset_bytes + bytes <= engine->super.checkpoint_capacity_bytes);
+	checkpoint->flushing_bytes = bytes;
+	submit(engine, MP_OP_WRITE, area_offset_bytes(engine) + checkpoint->offset_bytes, bytes);
+	checkpoint->offset_bytes += bytes;
+}
+
+/* ---- filling the buffer; each returns true when its section is done ---- */
+
+static uint64_t room(const struct checkpoint *checkpoint)
+{
+	return CHECKPOINT_STEP_BYTES - checkpoint->filled_bytes;
+}
+
+static bool fill_captured(struct mp_engine *engine)
+{
+	struct checkpoint *checkpoint = &engine->checkpoint;
+	uint64_t left = checkpoint->captured_bytes - checkpoint->cursor;
+	uint64_t take = left < room(checkpoint) ? left : room(checkpoint);
+
+	memcpy(checkpoint->buffer + checkpoint->filled_bytes,
+	       checkpoint->captured + checkpoint->cursor, take);
+	checkpoint->filled_bytes += take;
+	checkpoint->cursor += take;
+	return checkpoint->cursor == checkpoint->captured_bytes;
+}
+
+static bool fill_index(struct mp_engine *engine)
+{
+	struct checkpoint *checkpoint = &engine->checkpoint;
+	struct mp_index_entry entry;
+
+	for (; checkpoint->cursor < engine->index.capacity; checkpoint->cursor++) {
+		const struct index_slot *slot = &engine->index.slots[checkpoint->cursor];
+		const struct volume *volume;
+
+		if (!index_is_live(slot))
+			continue;
+		if (room(checkpoint) < sizeof entry)
+			return false;
+		volume = engine->volumes[index_number(slot)];
+		assert(volume);
+		entry.block = index_block(slot);
+		entry.sequence = volume->last_sequence -
+				 (uint32_t)((uint32_t)volume->last_sequence - slot->sequence);
+		entry.checksum = slot->checksum;
+		entry.address = slot->address;
+		entry.number = index_number(slot);
+		memcpy(checkpoint->buffer + checkpoint->filled_bytes, &entry, sizeof entry);
+		checkpoint->filled_bytes += sizeof entry;
+		checkpoint->header.index_count++;
+	}
+	return true;
+}
+
+static bool fill_slots(struct mp_engine *engine)
+{
+	struct checkpoint *checkpoint = &engine->checkpoint;
+	uint64_t bytes = mp_slots_entry_bytes(engine->slots);
+	uint64_t left = engine->super.slot_count - checkpoint->cursor;
+	uint64_t take = room(checkpoint) / bytes;
+
+	take = take < left ? take : left;
+	mp_slots_save(engine->slots, checkpoint->cursor, take,
+		      checkpoint->buffer + checkpoint->filled_bytes);
+	checkpoint->filled_bytes += take * bytes;
+	checkpoint->cursor += take;
+	checkpoint->header.slot_count = checkpoint->cursor;
+	return checkpoint->cursor == engine->super.slot_count;
+}
+
+static bool fill(struct mp_engine *engine)
+{
+	switch (engine->checkpoint.stage) {
+	case STAGE_CAPTURED:
+		return fill_captured(engine);
+	case STAGE_INDEX:
+		return fill_index(engine);
+	default:
+		return fill_slots(engine);
+	}
+}
+
+/* ---- the end of it ---- */
+
+static void write_header(struct mp_engine *engine)
+{
+	/* The buffer is empty: the tail was flushed whole. */
+	struct checkpoint *checkpoint = &engine->checkpoint;
+	struct mp_cache_checkpoint *header = &checkpoint->header;
+
+	header->magic = MP_CACHE_CHECKPOINT_MAGIC;
+	header->generation = engine->super.checkpoint_generation + 1;
+	header->slot_blocks = engine->slot_blocks;
+	header->checksum = mp_xxh3(&header->generation,
+				   sizeof *header - offsetof(struct mp_cache_checkpoint, generation));
+	memset(checkpoint->buffer, 0, MP_BLOCK_BYTES);
+	memcpy(checkpoint->buffer, header, sizeof *header);
+	submit(engine, MP_OP_WRITE, area_offset_bytes(engine), MP_BLOCK_BYTES);
+}
+
+static void write_super(struct mp_engine *engine)
+{
+	struct checkpoint *checkpoint = &engine->checkpoint;
+	struct mp_cache_super *super = &checkpoint->super;
+
+	*super = engine->super;
+	super->checkpoint_area = super->checkpoint_generation ? super->checkpoint_area ^ 1 : 0;
+	super->checkpoint_generation++;
+	super->checkpoint_length_bytes = checkpoint->offset_bytes;
+	super->checkpoint_checksum = XXH3_64bits_digest(checkpoint->hash);
+	super->clean = checkpoint->clean;
+	super->generation++;
+	super_seal(super);
+	memcpy(checkpoint->buffer, super, sizeof *super);
+	submit(engine, MP_OP_WRITE, engine->super_copy ? 0 : 65536, sizeof *super);
+}
+
+static void advance(struct mp_engine *engine)
+{
+	struct checkpoint *checkpoint = &engine->checkpoint;
+
+	switch (checkpoint->stage) {
+	case STAGE_CAPTURED:
+	case STAGE_INDEX:
+	case STAGE_SLOTS:
+		if (fill(engine)) {
+			checkpoint->stage++;
+			checkpoint->cursor = 0;
+		} else
+			flush(engine, false);
+		break;
+	case STAGE_TAIL:
+		if (checkpoint->filled_bytes) {
+			flush(engine, true);
+			break;
+		}
+		checkpoint->stage = STAGE_HEADER;
+		write_header(engine);
+		break;
+	case STAGE_SYNC:
+	case STAGE_SUPER_SYNC:
+		submit(engine, MP_OP_SYNC, 0, 0);
+		break;
+	default:
+		write_super(engine);
+	}
+}
+
+void checkpoint_step(struct mp_engine *engine)
+{
+	struct checkpoint *checkpoint = &engine->checkpoint;
+
+	if (engine->failed || checkpoint->io.context)
+		return;
+	if (!checkpoint->running && (!checkpoint->wanted || !begin(engine)))
+		return;
+	if (checkpoint->stage <= STAGE_INDEX && checkpoint->index_rebuilds != engine->index.rebuilds) {
+		end(engine); /* the table was rebuilt under the walk: begin again */
+		checkpoint->wanted = true;
+		return;
+	}
+	while (checkpoint->running && !checkpoint->io.context)
+		advance(engine);
+}

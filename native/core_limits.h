@@ -1,0 +1,43 @@
+/* core_limits.h - every bound of the C core's queues, tables and retries, with how they relate. */
+#ifndef MILLPOND_CORE_LIMITS_H
+#define MILLPOND_CORE_LIMITS_H
+
+#include "format.h"
+
+enum {
+	VOLUMES_MAX = 1024,                  /* volumes per shard */
+	CONNECTIONS_MAX = 4096,              /* per shard */
+	NBD_PAYLOAD_MAX = 32 * 1024 * 1024,  /* READ and WRITE; announced in the handshake */
+	NBD_DISCARD_MAX = 64 * 1024 * 1024,  /* an oversized WRITE up to here is read and dropped */
+	REQUESTS_MAX = 1024,                 /* in flight per connection */
+	RECEIVE_BYTES = 128 * 1024,          /* a connection's receive buffer */
+	SLICE_BLOCKS = 64,                   /* a request is cut into slices of this many blocks */
+	SLICE_BYTES = SLICE_BLOCKS * MP_BLOCK_BYTES,
+	APPENDS_MAX = 8,                     /* log records in flight per volume */
+	APPEND_EXTENTS_MAX = 480,            /* extents per log record: header stays below 64 KiB */
+	APPEND_BYTES_MAX = 1024 * 1024,      /* payload per log record; far below a segment */
+	APPEND_IOVECS_MAX = 500,             /* below MP_IOV_MAX */
+	RANGE_BLOCKS_MIN = 9,                /* trims from this many blocks on are tombstones */
+	TOMBSTONES_MAX = 65536,              /* per shard; more wait for destage and sweep */
+	SWEEP_STEPS = 256,                   /* table steps of sweeping per turn of the loop */
+	FETCHES_MAX = 4096,                  /* outstanding READ frames */
+	FETCH_ATTEMPTS = 3,                  /* of a reply that does not verify */
+	FILLS_MAX = 128,                     /* slot writes in flight; beyond it a miss is not installed */
+	PROMOTE_STEPS = 64,                  /* blocks looked at per turn when a segment is released */
+	SCAN_STEP_BYTES = 512 * 1024,        /* one read of a segment scan */
+	CHECKPOINT_STEP_BYTES = 512 * 1024,  /* one write of a checkpoint */
+	INTERNAL_BYTES = 16 * 1024 * 1024,   /* of buffers, beyond what guest requests may take */
+	EVENTS_MAX = 65536,
+	REPLY_IOVECS = 256,                  /* per sendmsg */
+};
+
+/* Quiet time after a sync before a record tells recovery about it; see log.c. */
+#define SYNCED_RECORD_DELAY_NS 50000000ULL
+/* Ages of dirty data are known to this resolution. */
+#define AGE_RESOLUTION_NS 100000000ULL
+
+_Static_assert(APPEND_BYTES_MAX + 65536 + MP_BLOCK_BYTES < MP_CACHE_SEGMENT_BYTES, "record fits a segment");
+_Static_assert(MP_RECORD_HEADER_BYTES + APPEND_EXTENTS_MAX * MP_EXTENT_BYTES <= 65536, "header fits");
+_Static_assert(SLICE_BYTES <= APPEND_BYTES_MAX, "one mutation fits one record");
+
+#endif

@@ -1,0 +1,911 @@
+/* engine.c - one shard's reactor: the turn, its start and its end, failures.
+ *
+ * A turn: wait (completions run, sockets are read) -> commands of the control plane -> connections that waited for
+ * buffers -> appends -> sync -> background slices (destage, release, sweep, checkpoint) -> replies.
+ * Failure modes: a failed log write, sync or checkpoint ends acknowledging for good (engine_fail): mutations and flushes get
+ * EIO, reads go on. A volume fails alone when its log does not verify, or when the store refuses it.
+ */
+#include "engine_internal.h"
+
+#include <stdio.h>
+
+enum { PUBLISH_NS = 5000000 };
+#define STOP_GRACE_NS 1000000000ULL
+
+void engine_submit(struct mp_engine *engine, struct mp_io *io)
+{
+	engine->ios_inflight++;
+	engine->driver->submit(engine->driver->self, &io, 1);
+}
+
+/* ---- events and failures ---- */
+
+void engine_event(struct mp_engine *engine, const struct mp_event *event)
+{
+	struct event_node *node = malloc(sizeof *node);
+
+	assert(node); /* an event that is lost would stall its volume silently */
+	node->event = *event;
+	node->next = NULL;
+	pthread_mutex_lock(&engine->mutex);
+	*engine->events_tail = node;
+	engine->events_tail = &node->next;
+	engine->event_count++;
+	pthread_mutex_unlock(&engine->mutex);
+	engine->notify_wanted = true;
+}
+
+void engine_volume_event(struct volume *volume, uint32_t type, int status, uint64_t cookie)
+{
+	struct mp_event event;
+
+	memset(&event, 0, sizeof event);
+	event.type = type;
+	event.status = status;
+	memcpy(event.volume, volume->id, sizeof event.volume);
+	event.cookie = cookie;
+	event.last_sequence = volume->applied_sequence;
+	engine_event(volume->engine, &event);
+}
+
+void volume_fail(struct volume *volume, int error, const char *what)
+{
+	struct mp_event event;
+
+	if (volume->failed)
+		return;
+	volume->failed = true;
+	volume->error = error;
+	memset(&event, 0, sizeof event);
+	event.type = MP_EVENT_VOLUME_FAILED;
+	event.status = -error;
+	memcpy(event.volume, volume->id, sizeof event.volume);
+	snprintf(event.message, sizeof event.message, "%s", what);
+	engine_event(volume->engine, &event);
+}
+
+static void fail_waiting(struct volume *volume)
+{
+	while (!list_is_empty(&volume->ready))
+		mutation_failed(CONTAINER(volume->ready.next, struct mutation, in_queue), EIO);
+	while (!list_is_empty(&volume->syncs)) {
+		struct request *request =
+			CONTAINER(volume->syncs.next, struct request, in_sync);
+		list_remove(&request->in_sync);
+		request_error(request, EIO);
+		request_finish(request);
+	}
+}
+
+void engine_fail(struct mp_engine *engine, int error, const char *what)
+{
+	struct mp_event event;
+
+	if (engine->failed)
+		return;
+	engine->failed = error ? error : EIO;
+	engine->counters.device_errors++;
+	engine->counters.failed = (uint64_t)engine->failed;
+	memset(&event, 0, sizeof event);
+	event.type = MP_EVENT_ENGINE_FAILED;
+	event.status = -engine->failed;
+	snprintf(event.message, sizeof event.message, "%s: %s; writes get I/O errors from now on",
+		 what, strerror(engine->failed));
+	engine_event(engine, &event);
+}
+
+/* ---- volumes ---- */
+
+struct volume *volume_by_id(struct mp_engine *engine, const uint8_t *id)
+{
+	uint32_t i;
+
+	for (i = 0; i < engine->volume_count; i++)
+		if (engine->volumes[i] && memcmp(engine->volumes[i]->id, id, 16) == 0)
+			return engine->volumes[i];
+	return NULL;
+}
+
+struct volume *volume_new(struct mp_engine *engine, const uint8_t *id, uint32_t number)
+{
+	struct volume *volume = calloc(1, sizeof *volume);
+
+	if (!volume)
+		return NULL;
+	volume->engine = engine;
+	memcpy(volume->id, id, sizeof volume->id);
+	volume->seed = mp_volume_seed(id);
+	volume->number = number;
+	volume->origin = engine->next_origin++;
+	volume->tail_segment = volume->head_segment = volume->cut_segment = NO_SEGMENT;
+	list_init(&volume->mutations);
+	list_init(&volume->ready);
+	list_init(&volume->appends);
+	list_init(&volume->held);
+	list_init(&volume->syncs);
+	engine->volumes[number] = volume;
+	if (number >= engine->volume_count)
+		engine->volume_count = number + 1;
+	return volume;
+}
+
+void volume_free(struct volume *volume)
+{
+	if (!volume)
+		return;
+	volume->engine->volumes[volume->number] = NULL;
+	free(volume->tombstones.items);
+	free(volume->batch);
+	free(volume);
+}
+
+bool volume_is_idle(const struct volume *volume)
+{
+	const struct mp_engine *engine = volume->engine;
+
+	return volume->connections == 0 && list_is_empty(&volume->mutations) &&
+	       list_is_empty(&volume->held) && volume->appends_inflight == 0 &&
+	       engine->fills_inflight == 0 && engine->fetch_count == 0 &&
+	       engine->release.volume != volume && engine->cut.volume != volume;
+}
+
+/* Forget what the log holds of an idle volume; its slots too when its origin changes. */
+static void volume_purge(struct volume *volume)
+{
+	struct mp_engine *engine = volume->engine;
+	uint32_t at = volume->tail_segment;
+	uint64_t i;
+
+	for (i = 0; i < engine->index.capacity; i++)
+		if (index_is_live(&engine->index.slots[i]) &&
+		    index_number(&engine->index.slots[i]) == volume->number)
+			index_delete(&engine->index, &engine->index.slots[i]);
+	while (at != NO_SEGMENT) {
+		struct segment *segment = &engine->segments[at];
+		at = segment->next;
+		segment->state = SEGMENT_WAITING;
+		segment->next = NO_SEGMENT;
+		segment->released_serial = engine->checkpoint.serial;
+		engine->segments_waiting++;
+	}
+	engine->tombstone_count -= volume->tombstones.count;
+	volume->tombstones.count = 0;
+	volume->tail_segment = volume->head_segment = volume->cut_segment = NO_SEGMENT;
+	volume->release_generation++;
+	cut_reset(volume);
+	volume->age_count = 0;
+}
+
+/* A chain that starts anew: its first record names a random predecessor, so that no old segment continues it. */
+static void chain_start(struct volume *volume, uint64_t sequence)
+{
+	struct mp_engine *engine = volume->engine;
+
+	engine->driver->random_bytes(engine->driver->self, &volume->head_checksum,
+				     sizeof volume->head_checksum);
+	volume->head_offset_bytes = 0;
+	volume->head_incarnation = engine->super.incarnation;
+	volume->last_sequence = volume->applied_sequence = volume->synced_sequence = sequence;
+	volume->destaged_sequence = volume->logged_synced_sequence = sequence;
+	volume->applied_offset_bytes = 0;
+	volume->applied_checksum = volume->head_checksum;
+	volume->applied_incarnation = volume->head_incarnation;
+	volume->applied_ordinal = volume->head_ordinal;
+}
+
+static struct volume *volume_create(struct mp_engine *engine, const uint8_t *id)
+{
+	uint32_t number;
+
+	for (number = 0; number < VOLUMES_MAX; number++)
+		if (!engine->volumes[number])
+			return volume_new(engine, id, number);
+	for (number = 0; number < VOLUMES_MAX; number++) {
+		struct volume *old = engine->volumes[number];
+		if (!old->open && !old->failed && volume_is_idle(old) &&
+		    old->applied_sequence == old->destaged_sequence) {
+			volume_purge(old);
+			volume_free(old);
+			return volume_new(engine, id, number);
+		}
+	}
+	return NULL;
+}
+
+static void opened(struct volume *volume, const struct command *command, bool changed)
+{
+	struct mp_engine *engine = volume->engine;
+
+	volume->size_bytes = command->size_bytes;
+	volume->epoch = command->epoch;
+	volume->lineage = command->lineage;
+	volume->open = true;
+	volume->dirty_asked = volume->dirty_ready_told = false;
+	/* Dirty records of an earlier life: the stores still have it on record, and destage goes on. */
+	volume->dirty_recorded = volume->applied_sequence > volume->destaged_sequence;
+	if (volume->dirty_recorded) {
+		volume->dirty_ready_told = true;
+		engine_volume_event(volume, MP_EVENT_DIRTY_READY, 0, 0);
+	}
+	if (!changed) {
+		engine_volume_event(volume, MP_EVENT_OPENED, 0, command->cookie);
+		return;
+	}
+	/* The start of a chain must be on the device before its first record: recovery begins there. */
+	volume->open_pending = true;
+	volume->open_cookie = command->cookie;
+	volume->open_serial = engine->checkpoint.serial + 1;
+	engine->checkpoint.wanted = true;
+}
+
+static int open_volume(struct mp_engine *engine, const struct command *command)
+{
+	struct volume *volume = volume_by_id(engine, command->volume);
+	uint64_t at = command->sequence;
+	bool dirty, same;
+
+	if (!volume) {
+		volume = volume_create(engine, command->volume);
+		if (!volume)
+			return -ENOSPC;
+		chain_start(volume, at);
+		opened(volume, command, true);
+		return 0;
+	}
+	if (volume->failed)
+		return -volume->error;
+	if (!volume_is_idle(volume) || volume->open_pending)
+		return -EBUSY;
+	dirty = volume->applied_sequence > volume->destaged_sequence;
+	if (dirty && (at < volume->destaged_sequence || at > volume->applied_sequence))
+		return -ESTALE; /* the store's image is not the one these records continue */
+	same = dirty || at == volume->applied_sequence;
+	if (!command->flag)
+		volume->origin = engine->next_origin++;
+	if (same) {
+		destaged(volume, at);
+		opened(volume, command, !command->flag);
+	} else {
+		volume_purge(volume);
+		chain_start(volume, at);
+		opened(volume, command, true);
+	}
+	return 0;
+}
+
+static int close_volume(struct mp_engine *engine, const struct command *command)
+{
+	struct volume *volume = volume_by_id(engine, command->volume);
+
+	if (!volume)
+		return -ENOENT;
+	if (!volume_is_idle(volume) || volume->open_pending ||
+	    volume->applied_sequence > volume->destaged_sequence)
+		return -EBUSY;
+	volume->open = volume->dirty_recorded = volume->dirty_asked = false;
+	if (command->flag) {
+		volume_purge(volume);
+		volume_free(volume);
+	}
+	return 0;
+}
+
+/* ---- commands ---- */
+
+enum { COMMAND_OPEN, COMMAND_CLOSE, COMMAND_CONNECT, COMMAND_DISCONNECT, COMMAND_DIRTY, COMMAND_CUT,
+	COMMAND_DESTAGED, COMMAND_FEED, COMMAND_LINK, COMMAND_STOP };
+
+static void reply(struct mp_engine *engine, const struct command *command, uint32_t type, int status)
+{
+	struct mp_event event;
+
+	memset(&event, 0, sizeof event);
+	event.type = type;
+	event.status = status;
+	event.cookie = command->cookie;
+	memcpy(event.volume, command->volume, sizeof event.volume);
+	engine_event(engine, &event);
+}
+
+static void do_connect(struct mp_engine *engine, const struct command *command)
+{
+	struct volume *volume = volume_by_id(engine, command->volume);
+
+	if (volume && volume->open && !volume->open_pending && !engine->stopping &&
+	    engine->connection_count < CONNECTIONS_MAX &&
+	    connection_open(engine, volume, command) == 0)
+		return;
+	engine->driver->close_socket(engine->driver->self, command->socket);
+	reply(engine, command, MP_EVENT_CONNECTION_CLOSED, -ENOTCONN);
+}
+
+static void do_disconnect(struct mp_engine *engine, const struct command *command)
+{
+	struct link *link = engine->connections.next;
+
+	for (; link != &engine->connections; link = link->next) {
+		struct connection *connection = CONTAINER(link, struct connection, in_engine);
+		if (connection->cookie == command->cookie) {
+			connection_stop(connection);
+			return;
+		}
+	}
+}
+
+static void do_dirty(struct mp_engine *engine, const struct command *command)
+{
+	struct volume *volume = volume_by_id(engine, command->volume);
+
+	if (!volume)
+		return;
+	if (command->flag) {
+		volume->dirty_recorded = true;
+		mutations_unhold(volume);
+		return;
+	}
+	if (volume->applied_sequence > volume->destaged_sequence ||
+	    !list_is_empty(&volume->mutations) || !list_is_empty(&volume->held)) {
+		engine_volume_event(volume, MP_EVENT_DIRTY_CLEAR, -EBUSY, 0);
+		return;
+	}
+	volume->dirty_recorded = volume->dirty_asked = false;
+	engine_volume_event(volume, MP_EVENT_DIRTY_CLEAR, 0, 0);
+}
+
+static void do_cut(struct mp_engine *engine, const struct command *command)
+{
+	struct volume *volume = volume_by_id(engine, command->volume);
+
+	if (!volume || engine->cut.volume == volume || volume->cut_queued) {
+		reply(engine, command, MP_EVENT_BATCH, volume ? -EBUSY : -ENOENT);
+		return;
+	}
+	volume->cut_queued = true;
+	volume->cut_max_bytes = command->length_bytes;
+	volume->cut_cookie = command->cookie;
+}
+
+static void do_stop(struct mp_engine *engine)
+{
+	struct link *link = engine->connections.next;
+
+	if (engine->stopping)
+		return;
+	engine->stopping = true;
+	engine->stop_ns = engine->now_ns;
+	for (; link != &engine->connections; link = link->next)
+		connection_stop(CONTAINER(link, struct connection, in_engine));
+}
+
+static void execute(struct mp_engine *engine, const struct command *command)
+{
+	struct volume *volume;
+	int rc;
+
+	switch (command->kind) {
+	case COMMAND_OPEN:
+		rc = open_volume(engine, command);
+		if (rc)
+			reply(engine, command, MP_EVENT_OPENED, rc);
+		break;
+	case COMMAND_CLOSE:
+		reply(engine, command, MP_EVENT_CLOSED, close_volume(engine, command));
+		break;
+	case COMMAND_CONNECT:
+		do_connect(engine, command);
+		break;
+	case COMMAND_DISCONNECT:
+		do_disconnect(engine, command);
+		break;
+	case COMMAND_DIRTY:
+		do_dirty(engine, command);
+		break;
+	case COMMAND_CUT:
+		do_cut(engine, command);
+		break;
+	case COMMAND_DESTAGED:
+		volume = volume_by_id(engine, command->volume);
+		if (volume)
+			destaged(volume, command->sequence);
+		break;
+	case COMMAND_FEED:
+		fetch_feed(engine, command->bytes, command->length_bytes);
+		break;
+	case COMMAND_LINK:
+		fetch_link(engine, command->flag != 0);
+		break;
+	default:
+		do_stop(engine);
+	}
+}
+
+static void run_commands(struct mp_engine *engine)
+{
+	struct command *command, *next;
+
+	pthread_mutex_lock(&engine->mutex);
+	command = engine->commands;
+	engine->commands = NULL;
+	engine->commands_tail = &engine->commands;
+	pthread_mutex_unlock(&engine->mutex);
+	for (; command; command = next) {
+		next = command->next;
+		execute(engine, command);
+		free(command);
+	}
+}
+
+/* ---- the turn ---- */
+
+static void publish(struct mp_engine *engine, bool now)
+{
+	struct mp_engine_counters *counters = &engine->counters;
+	struct mp_slots_counters slots;
+	uint32_t i, count = 0;
+
+	if (!now && engine->now_ns - engine->published_ns < PUBLISH_NS)
+		return;
+	engine->published_ns = engine->now_ns;
+	mp_slots_counters(engine->slots, &slots);
+	counters->slots_used = slots.used_slots;
+	counters->segments_free = engine->segments_free;
+	counters->segments_waiting = engine->segments_waiting;
+	counters->index_entries = engine->index.used;
+	counters->buffer_bytes_used = mp_buffers_used_bytes(engine->buffers);
+	counters->memory_bytes = engine->index.capacity * sizeof(struct index_slot) +
+				 mp_slots_memory_bytes(engine->slots);
+	pthread_mutex_lock(&engine->mutex);
+	engine->published_counters = *counters;
+	for (i = 0; i < engine->volume_count; i++)
+		if (engine->volumes[i])
+			volume_publish(engine->volumes[i], &engine->published[count++]);
+	engine->published_count = count;
+	pthread_mutex_unlock(&engine->mutex);
+}
+
+/* The grace is over: what waits for a store that is away, or for "dirty" on record, ends without an answer. */
+static void cut_off(struct mp_engine *engine)
+{
+	struct link *link;
+	uint32_t i;
+
+	for (link = engine->connections.next; link != &engine->connections; link = link->next)
+		CONTAINER(link, struct connection, in_engine)->broken = true;
+	fetches_abandon(engine);
+	for (i = 0; i < engine->volume_count; i++)
+		if (engine->volumes[i]) {
+			mutations_unhold(engine->volumes[i]);
+			fail_waiting(engine->volumes[i]);
+		}
+}
+
+static void stop_step(struct mp_engine *engine)
+{
+	struct checkpoint *checkpoint = &engine->checkpoint;
+	uint32_t i;
+
+	if (engine->connection_count) {
+		if (engine->now_ns - engine->stop_ns >= STOP_GRACE_NS)
+			cut_off(engine);
+		return;
+	}
+	if (engine->release.volume || engine->cut.volume || engine->sync.running ||
+	    engine->fills_inflight)
+		return;
+	for (i = 0; i < engine->volume_count; i++)
+		if (engine->volumes[i] && engine->volumes[i]->appends_inflight)
+			return;
+	if (!engine->failed && !(checkpoint->clean && !checkpoint->running)) {
+		checkpoint->wanted = true; /* one that begins now, and is the end of every chain */
+		return;
+	}
+	if (engine->ios_inflight)
+		return;
+	engine->stopped = true;
+	{
+		struct mp_event event = {.type = MP_EVENT_STOPPED};
+		engine_event(engine, &event);
+	}
+}
+
+static void tell_opened(struct mp_engine *engine)
+{
+	uint32_t i;
+
+	for (i = 0; i < engine->volume_count; i++) {
+		struct volume *volume = engine->volumes[i];
+		if (!volume || !volume->open_pending ||
+		    (engine->checkpoint.completed_serial < volume->open_serial && !engine->failed))
+			continue;
+		volume->open_pending = false;
+		engine_volume_event(volume, MP_EVENT_OPENED, engine->failed ? -EIO : 0,
+				    volume->open_cookie);
+	}
+}
+
+static void background(struct mp_engine *engine)
+{
+	struct index *index = &engine->index;
+
+	if (index->used + index->deleted > index->capacity / 16 * 14 && index->deleted)
+		index_rebuild(index);
+	cut_step(engine);
+	release_step(engine);
+	if (engine->tombstone_count)
+		sweep_step(engine);
+	if (engine->segments_waiting && engine->segments_free < engine->segment_count / 4)
+		engine->checkpoint.wanted = true;
+	checkpoint_step(engine);
+}
+
+static bool background_pending(const struct mp_engine *engine)
+{
+	const struct release *release = &engine->release;
+
+	if (engine->tombstone_count && sweep_pending(engine))
+		return true;
+	return release->volume && !release->scan.busy && !release->parsed &&
+	       release->fills < FILLS_MAX;
+}
+
+static int64_t wait_ns(const struct mp_engine *engine, int64_t timeout_ns, uint64_t timer_ns)
+{
+	if (background_pending(engine) || engine->commands || engine->stopped)
+		return 0;
+	if (engine->counters.inflight_requests &&
+	    engine->now_ns - engine->active_ns < engine->options.poll_ns)
+		return 0;
+	if (engine->has_thread && engine->published_ns < engine->active_ns)
+		timer_ns = timer_ns < engine->now_ns + PUBLISH_NS ? timer_ns
+								  : engine->now_ns + PUBLISH_NS;
+	if (engine->stopping && timer_ns > engine->now_ns + STOP_GRACE_NS)
+		timer_ns = engine->now_ns + STOP_GRACE_NS;
+	if (timer_ns != UINT64_MAX) {
+		int64_t until = timer_ns > engine->now_ns ? (int64_t)(timer_ns - engine->now_ns) : 0;
+		if (timeout_ns < 0 || until < timeout_ns)
+			return until;
+	}
+	return timeout_ns;
+}
+
+int64_t mp_engine_step(struct mp_engine *engine, int64_t timeout_ns)
+{
+	uint64_t timer = log_next_timer_ns(engine);
+	int64_t handled = engine->driver->wait(engine->driver->self,
+					       wait_ns(engine, timeout_ns, timer));
+
+	if (handled < 0)
+		return handled;
+	engine->now_ns = engine->driver->now_ns(engine->driver->self);
+	if (handled)
+		engine->active_ns = engine->now_ns;
+	run_commands(engine);
+	connections_resume(engine);
+	log_append_ready(engine);
+	log_sync_if_wanted(engine);
+	if (engine->failed) {
+		uint32_t i;
+		for (i = 0; i < engine->volume_count; i++)
+			if (engine->volumes[i])
+				fail_waiting(engine->volumes[i]);
+	}
+	background(engine);
+	tell_opened(engine);
+	connections_flush(engine);
+	log_sync_if_wanted(engine);
+	if (engine->stopping && !engine->stopped)
+		stop_step(engine);
+	publish(engine, !engine->has_thread || engine->stopped);
+	if (engine->notify_wanted) {
+		engine->notify_wanted = false;
+		engine->driver->notify(engine->driver->self);
+	}
+	return handled;
+}
+
+/* ---- start and end ---- */
+
+static void set_defaults(struct mp_engine_options *options)
+{
+	uint64_t least = 2 * NBD_PAYLOAD_MAX;
+
+	if (!options->buffer_bytes)
+		options->buffer_bytes = 128ULL * 1024 * 1024;
+	if (options->buffer_bytes < least)
+		options->buffer_bytes = least;
+	if (!options->checkpoint_every_bytes)
+		options->checkpoint_every_bytes = 512ULL * 1024 * 1024;
+}
+
+static int allocate(struct mp_engine *engine)
+{
+	uint64_t segments = engine->super.log_segment_count, i, seed;
+	uint64_t blocks = segments * (engine->super.log_segment_bytes / MP_BLOCK_BYTES);
+
+	engine->segment_count = engine->segments_free = (uint32_t)segments;
+	engine->slot_blocks = engine->super.slot_bytes / MP_BLOCK_BYTES;
+	engine->segments = calloc(segments, sizeof *engine->segments);
+	engine->published = calloc(VOLUMES_MAX, sizeof *engine->published);
+	engine->cut.scan.memory = aligned_alloc(MP_BLOCK_BYTES, engine->super.log_segment_bytes);
+	engine->release.scan.memory =
+		aligned_alloc(MP_BLOCK_BYTES, engine->super.log_segment_bytes);
+	engine->checkpoint.buffer =
+		aligned_alloc(MP_BLOCK_BYTES, CHECKPOINT_STEP_BYTES + MP_BLOCK_BYTES);
+	engine->buffers = mp_buffers_new(engine->options.buffer_bytes + INTERNAL_BYTES);
+	engine->driver->random_bytes(engine->driver->self, &seed, sizeof seed);
+	engine->slots = mp_slots_new((uint32_t)engine->super.slot_count,
+				     (uint32_t)engine->slot_blocks, seed);
+	if (!engine->segments || !engine->published || !engine->cut.scan.memory ||
+	    !engine->release.scan.memory || !engine->checkpoint.buffer || !engine->buffers ||
+	    !engine->slots || index_init(&engine->index, blocks))
+		return -ENOMEM;
+	for (i = 0; i < segments; i++)
+		engine->segments[i].next = NO_SEGMENT;
+	engine->counters.segments_total = segments;
+	engine->counters.slots_total = engine->super.slot_count;
+	engine->counters.slot_bytes = engine->super.slot_bytes;
+	return 0;
+}
+
+static struct mp_engine *engine_new(struct mp_driver *driver,
+				    const struct mp_engine_options *options)
+{
+	struct mp_engine *engine = calloc(1, sizeof *engine);
+
+	if (!engine)
+		return NULL;
+	engine->driver = driver;
+	engine->options = *options;
+	set_defaults(&engine->options);
+	list_init(&engine->connections);
+	list_init(&engine->fetches);
+	engine->commands_tail = &engine->commands;
+	engine->events_tail = &engine->events;
+	engine->next_origin = 1;
+	engine->now_ns = driver->now_ns(driver->self);
+	driver->random_bytes(driver->self, &engine->next_request_id,
+			     sizeof engine->next_request_id);
+	engine->next_request_id >>= 1;
+	driver->on_ready = connections_ready;
+	driver->owner = engine;
+	pthread_mutex_init(&engine->mutex, NULL);
+	return engine;
+}
+
+struct mp_engine *mp_engine_open(struct mp_driver *driver, const struct mp_engine_options *options,
+				 int *error, char *message, uint64_t message_bytes)
+{
+	struct mp_engine *engine = engine_new(driver, options);
+	int64_t device_bytes = driver->file_length_bytes(driver->self, 0);
+	int rc = engine ? 0 : -ENOMEM;
+
+	if (message_bytes)
+		message[0] = 0;
+	if (rc == 0 && device_bytes < 0)
+		rc = (int)device_bytes;
+	rc = rc ? rc
+		: super_load(driver, &engine->super, &engine->super_copy, message, message_bytes);
+	rc = rc ? rc
+		: super_check(&engine->super, (uint64_t)device_bytes, message, message_bytes);
+	rc = rc ? rc : allocate(engine);
+	rc = rc ? rc : recovery_run(engine, message, message_bytes);
+	if (rc == 0) {
+		publish(engine, true);
+		return engine;
+	}
+	if (message_bytes && !message[0])
+		snprintf(message, message_bytes, "the cache device cannot be opened: %s",
+			 strerror(-rc));
+	*error = rc;
+	if (engine)
+		mp_engine_free(engine);
+	return NULL;
+}
+
+static void free_mailbox(struct mp_engine *engine)
+{
+	while (engine->commands) {
+		struct command *command = engine->commands;
+		engine->commands = command->next;
+		if (command->kind == COMMAND_CONNECT)
+			engine->driver->close_socket(engine->driver->self, command->socket);
+		free(command);
+	}
+	while (engine->events) {
+		struct event_node *node = engine->events;
+		engine->events = node->next;
+		free(node);
+	}
+}
+
+void mp_engine_free(struct mp_engine *engine)
+{
+	uint32_t i;
+
+	/* After a simulated crash requests are still in flight; their memory goes with the pool's owner, the test. */
+	free_mailbox(engine);
+	for (i = 0; i < engine->volume_count; i++)
+		volume_free(engine->volumes[i]);
+	index_free(&engine->index);
+	if (engine->slots)
+		mp_slots_free(engine->slots);
+	if (engine->buffers)
+		mp_buffers_free(engine->buffers);
+	free(engine->segments);
+	free(engine->published);
+	free(engine->cut.scan.memory);
+	free(engine->release.scan.memory);
+	free(engine->checkpoint.buffer);
+	free(engine->checkpoint.captured);
+	free(engine->outgoing);
+	free(engine->reply_bytes);
+	pthread_mutex_destroy(&engine->mutex);
+	free(engine);
+}
+
+static void *run(void *argument)
+{
+	struct mp_engine *engine = argument;
+
+	while (!engine->stopped)
+		if (mp_engine_step(engine, -1) < 0)
+			break;
+	return NULL;
+}
+
+int mp_engine_start(struct mp_engine *engine)
+{
+	int rc;
+
+	assert(!engine->has_thread);
+	engine->has_thread = true;
+	rc = pthread_create(&engine->thread, NULL, run, engine);
+	if (rc)
+		engine->has_thread = false;
+	return -rc;
+}
+
+void mp_engine_stop(struct mp_engine *engine)
+{
+	mp_engine_request_stop(engine);
+	if (engine->has_thread)
+		pthread_join(engine->thread, NULL);
+	engine->has_thread = false;
+}
+
+/* ---- mailbox: any thread ---- */
+
+static struct command *command_new(int kind, const uint8_t *volume, const void *bytes, uint64_t length)
+{
+	struct command *command = calloc(1, sizeof *command + length);
+
+	if (!command)
+		return NULL;
+	command->kind = kind;
+	if (volume)
+		memcpy(command->volume, volume, sizeof command->volume);
+	command->length_bytes = length;
+	if (length)
+		memcpy(command->bytes, bytes, length);
+	return command;
+}
+
+static int post(struct mp_engine *engine, struct command *command)
+{
+	if (!command)
+		return -ENOMEM;
+	pthread_mutex_lock(&engine->mutex);
+	*engine->commands_tail = command;
+	engine->commands_tail = &command->next;
+	pthread_mutex_unlock(&engine->mutex);
+	engine->driver->wake(engine->driver->self);
+	return 0;
+}
+
+int mp_engine_open_volume(struct mp_engine *engine, const uint8_t *id, uint64_t size_bytes,
+			  uint64_t epoch, uint64_t lineage, uint64_t applied_sequence,
+			  int keep_slots, uint64_t cookie)
+{
+	struct command *command = command_new(COMMAND_OPEN, id, NULL, 0);
+
+	if (!command)
+		return -ENOMEM;
+	command->size_bytes = size_bytes;
+	command->epoch = epoch;
+	command->lineage = lineage;
+	command->sequence = applied_sequence;
+	command->flag = keep_slots;
+	command->cookie = cookie;
+	return post(engine, command);
+}
+
+int mp_engine_close_volume(struct mp_engine *engine, const uint8_t *id, int forget_slots,
+			   uint64_t cookie)
+{
+	struct command *command = command_new(COMMAND_CLOSE, id, NULL, 0);
+
+	if (!command)
+		return -ENOMEM;
+	command->flag = forget_slots;
+	command->cookie = cookie;
+	return post(engine, command);
+}
+
+int mp_engine_connect(struct mp_engine *engine, const uint8_t *id, int socket, int read_only,
+		      const void *bytes, uint64_t length_bytes, uint64_t cookie)
+{
+	struct command *command = command_new(COMMAND_CONNECT, id, bytes, length_bytes);
+
+	if (!command) {
+		engine->driver->close_socket(engine->driver->self, socket);
+		return -ENOMEM;
+	}
+	command->socket = socket;
+	command->flag = read_only;
+	command->cookie = cookie;
+	return post(engine, command);
+}
+
+int mp_engine_disconnect(struct mp_engine *engine, uint64_t cookie)
+{
+	struct command *command = command_new(COMMAND_DISCONNECT, NULL, NULL, 0);
+
+	if (!command)
+		return -ENOMEM;
+	command->cookie = cookie;
+	return post(engine, command);
+}
+
+int mp_engine_dirty_recorded(struct mp_engine *engine, const uint8_t *id, int recorded)
+{
+	struct command *command = command_new(COMMAND_DIRTY, id, NULL, 0);
+
+	if (!command)
+		return -ENOMEM;
+	command->flag = recorded;
+	return post(engine, command);
+}
+
+int mp_engine_cut(struct mp_engine *engine, const uint8_t *id, uint64_t max_bytes, uint64_t cookie)
+{
+	struct command *command = command_new(COMMAND_CUT, id, NULL, 0);
+
+	if (!command)
+		return -ENOMEM;
+	command->length_bytes = max_bytes;
+	command->cookie = cookie;
+	return post(engine, command);
+}
+
+int mp_engine_destaged(struct mp_engine *engine, const uint8_t *id, uint64_t sequence)
+{
+	struct command *command = command_new(COMMAND_DESTAGED, id, NULL, 0);
+
+	if (!command)
+		return -ENOMEM;
+	command->sequence = sequence;
+	return post(engine, command);
+}
+
+int mp_engine_feed_fetch(struct mp_engine *engine, uint32_t replica, const void *bytes,
+			 uint64_t length_bytes)
+{
+	(void)replica;
+	return post(engine, command_new(COMMAND_FEED, NULL, bytes, length_bytes));
+}
+
+int mp_engine_link(struct mp_engine *engine, uint32_t replica, int up)
+{
+	struct command *command = command_new(COMMAND_LINK, NULL, NULL, 0);
+
+	(void)replica;
+	if (!command)
+		return -ENOMEM;
+	command->flag = up;
+	return post(engine, command);
+}
+
+void mp_engine_request_stop(struct mp_engine *engine)
+{
+	post(engine, command_new(COMMAND_STOP, NULL, NULL, 0));
+}

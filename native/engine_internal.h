@@ -1,0 +1,464 @@
+/* engine_internal.h - the state of one shard, shared by the engine's own files and by nobody else.
+ *
+ * Everything here belongs to the engine thread, except the mailbox and the outboxes, which say so.
+ * The order of one turn (engine.c): completions and sockets, commands, appends, sync, background work, replies.
+ *
+ * Life of a mutation: arrive (nbd.c) -> wait for overlapping earlier ones -> read the base of partial blocks
+ * -> ready -> part of a log record in flight (log.c) -> applied to the index in log order -> held until "dirty" is
+ * on record -> acknowledged (FUA: after a sync).
+ */
+#ifndef MILLPOND_ENGINE_INTERNAL_H
+#define MILLPOND_ENGINE_INTERNAL_H
+
+#include <assert.h>
+#include <errno.h>
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "buffers.h"
+#include "driver.h"
+#include "engine.h"
+#include "format.h"
+#include "core_limits.h"
+#include "list.h"
+#include "record.h"
+#include "slots.h"
+
+/* ---- log index (index.c): (volume number, block) -> newest place in the log ---- */
+
+struct index_slot {
+	uint64_t key;         /* number << 40 | block, + 1; 0 empty, UINT64_MAX deleted */
+	uint64_t checksum;
+	uint32_t address;     /* 4 KiB units from the start of the device; 0: zeroes */
+	uint32_t sequence;    /* low 32 bits; the log never spans 2^31 sequences of one volume */
+};
+struct index {
+	struct index_slot *slots;
+	uint64_t capacity;    /* a power of two */
+	uint64_t used, deleted;
+	uint64_t rebuilds;    /* cursors over the table start again when this changes */
+};
+int index_init(struct index *index, uint64_t entries_max);
+void index_free(struct index *index);
+struct index_slot *index_find(struct index *index, uint32_t number, uint64_t block);
+/* Insert or replace. The caller keeps used below index_limit. */
+struct index_slot *index_put(struct index *index, uint32_t number, uint64_t block);
+void index_delete(struct index *index, struct index_slot *slot);
+uint64_t index_limit(const struct index *index);
+void index_rebuild(struct index *index); /* drop the marks of the deleted; not while a checkpoint walks */
+static inline uint64_t index_block(const struct index_slot *slot)
+{
+	return (slot->key - 1) & ((1ULL << 40) - 1);
+}
+static inline uint32_t index_number(const struct index_slot *slot)
+{
+	return (uint32_t)((slot->key - 1) >> 40);
+}
+static inline bool index_is_live(const struct index_slot *slot)
+{
+	return slot->key != 0 && slot->key != UINT64_MAX;
+}
+
+/* ---- range tombstones (tombstones.c): trims and zeroes of many blocks, per volume ---- */
+
+struct tombstone {
+	uint64_t first_block, block_count, sequence;
+	uint64_t cursor;      /* of the sweep; UINT64_MAX: swept */
+	uint64_t rebuilds;    /* of the index when the sweep of it began */
+	uint32_t phase;       /* 0: index, 1: slots, 2: done */
+};
+struct tombstones {
+	struct tombstone *items; /* sorted, disjoint */
+	uint32_t count, capacity;
+};
+/* Sequence of the range that covers block; 0: none. */
+uint64_t tombstones_find(const struct tombstones *tombstones, uint64_t block);
+int tombstones_put(struct tombstones *tombstones, uint64_t first_block, uint64_t block_count,
+		   uint64_t sequence);
+
+/* ---- segments and chains ---- */
+
+enum segment_state { SEGMENT_FREE, SEGMENT_CHAIN, SEGMENT_WAITING /* for a checkpoint */ };
+#define NO_SEGMENT UINT32_MAX
+struct segment {
+	uint32_t state, pins;
+	uint32_t next;            /* towards the head of its chain */
+	uint32_t number;          /* of its volume */
+	uint64_t ordinal;
+	uint64_t first_sequence;  /* of its first record */
+	uint64_t released_serial; /* checkpoints begun when it was released */
+};
+
+struct volume;
+struct connection;
+struct request;
+struct read;
+
+/* ---- mutations ---- */
+
+enum mutation_kind { MUTATION_DATA, MUTATION_TRIM, MUTATION_ZERO };
+enum mutation_state { MUTATION_BLOCKED, MUTATION_BASE, MUTATION_READY, MUTATION_LOGGING, MUTATION_DONE };
+struct mutation {
+	struct link in_volume;    /* volume->mutations, in order of arrival */
+	struct link in_queue;     /* ready, an append's mutations, held or waiting for a sync */
+	struct volume *volume;
+	struct request *request;
+	enum mutation_kind kind;
+	enum mutation_state state;
+	bool fua;
+	uint64_t first_byte, length_bytes;    /* as the guest said, within this slice */
+	uint64_t first_block, block_count;    /* blocks touched */
+	uint64_t sequence;
+	uint8_t *buffer;          /* block_count blocks; payload at first_byte % 4096; DATA only */
+	uint64_t buffer_bytes;
+	uint32_t bases_pending;
+	int error;
+	uint64_t checksums[SLICE_BLOCKS];  /* 0: zero block */
+};
+
+/* One log record in flight. */
+struct append {
+	struct link in_volume;
+	struct volume *volume;
+	struct mp_io io;
+	struct iovec iov[APPEND_IOVECS_MAX];
+	struct link mutations;
+	uint8_t *header;
+	uint64_t header_bytes, header_capacity_bytes, payload_bytes;
+	uint64_t first_sequence, last_sequence;
+	uint32_t segment, address;  /* address: of the payload, 4 KiB units */
+	uint64_t end_offset_bytes, ordinal;
+	bool done;
+};
+
+/* ---- reads ---- */
+
+enum source_kind { SOURCE_ZERO = 1, SOURCE_LOG, SOURCE_SLOT, SOURCE_MISS };
+struct source {
+	uint64_t checksum;        /* LOG: 64 bits; SLOT: 32 bits */
+	uint32_t place;           /* LOG: address; SLOT: slot */
+	uint8_t kind;
+	uint8_t restored;
+};
+struct read {
+	struct volume *volume;
+	struct request *request;  /* NULL: base of a mutation */
+	struct mutation *mutation;
+	struct link in_request;
+	uint64_t first_block;
+	uint32_t block_count;
+	uint32_t pending;         /* parts, fetches; + 1 while it is being set up */
+	uint32_t fills;           /* slot writes from the buffer */
+	int error;
+	bool finished;
+	uint8_t *buffer;
+	uint64_t buffer_bytes;
+	struct source sources[];
+};
+/* A run of blocks of one read that is one device read. */
+struct part {
+	struct mp_io io;
+	struct iovec iov;
+	struct read *read;
+	uint32_t first, count;    /* within the read */
+};
+/* A run of blocks that comes from the store. */
+struct fetch {
+	struct link in_queue;     /* engine->fetches, oldest first */
+	struct read *read;
+	uint32_t first, count;
+	uint64_t request_id;
+	uint64_t generation;      /* volume->release_generation at the time of the miss */
+	uint32_t attempts;
+	bool sent;
+};
+struct fill {
+	struct mp_io io;
+	struct iovec iov;
+	struct read *read;
+	uint32_t first, count;
+	int64_t slot;
+	uint64_t generation;
+	uint32_t checksums[MP_SLOT_BLOCKS_MAX];
+};
+
+/* ---- requests and connections (nbd.c) ---- */
+
+struct request {
+	struct connection *connection;
+	struct link in_connection;
+	uint64_t handle;          /* the client's cookie, as received */
+	uint16_t command, flags;
+	uint64_t offset_bytes, length_bytes;
+	uint32_t pending;         /* slices; + 1 while slices are being added */
+	int error;                /* errno of the first failure */
+	struct link reads;        /* READ: slices in order */
+	uint64_t sync_sequence;   /* FLUSH, FUA: what a sync must cover */
+	struct link in_sync;
+	struct link in_replies;
+	uint8_t header[16];
+};
+
+enum receive_state { RECEIVE_HEADER, RECEIVE_PAYLOAD, RECEIVE_DISCARD, RECEIVE_STOPPED };
+struct connection {
+	struct link in_engine;
+	struct mp_engine *engine;
+	struct volume *volume;
+	uint64_t cookie;
+	int socket;
+	bool read_only, disconnected, ended, broken, paused, stopping;
+	uint32_t interest, inflight;
+	uint8_t *receive;
+	uint32_t receive_begin, receive_end;
+	enum receive_state state;
+	struct request *writing;      /* WRITE whose payload is being received */
+	struct mutation *slice;
+	uint64_t slice_received, payload_left;
+	struct link requests;         /* all in flight */
+	struct link replies;          /* finished, in order of completion */
+	struct request *sending;      /* first of replies: partly sent */
+	uint64_t sent_bytes;
+};
+
+/* ---- volumes ---- */
+
+struct age_sample { uint64_t sequence, time_ns; };
+enum { AGE_SAMPLES = 256 };
+struct volume {
+	struct mp_engine *engine;
+	uint8_t id[16];
+	uint64_t seed;
+	uint32_t number, origin;
+	uint64_t size_bytes, epoch, lineage;
+	uint64_t last_sequence;       /* given to a mutation */
+	uint64_t applied_sequence;    /* logged and in the index */
+	uint64_t synced_sequence, syncing_sequence, destaged_sequence;
+	uint32_t tail_segment, head_segment;
+	uint64_t head_offset_bytes, head_checksum, head_incarnation, head_ordinal;
+	/* Where the chain goes on behind applied_sequence: a checkpoint's log position. */
+	uint64_t applied_offset_bytes, applied_checksum, applied_incarnation, applied_ordinal;
+	uint64_t logged_synced_sequence; /* newest synced_sequence that a record of the chain tells */
+	uint64_t synced_at_ns;
+	struct link mutations, ready, appends, held, syncs;
+	uint32_t appends_inflight;
+	struct tombstones tombstones;
+	uint64_t release_generation;  /* moves when the log or a tombstone stops covering blocks */
+	bool open, dirty_recorded, dirty_asked, dirty_ready_told, failed, corrupt, waiting_for_log;
+	bool open_pending;            /* MP_EVENT_OPENED waits for a checkpoint */
+	uint64_t open_cookie, open_serial;
+	int error;
+	uint32_t connections;
+	/* destage */
+	uint32_t cut_segment;
+	uint64_t cut_offset_bytes, cut_sequence; /* where the record with this first sequence starts */
+	uint8_t *batch;
+	uint64_t batch_bytes, batch_taken;
+	uint64_t batch_last_sequence, batch_end_offset_bytes;
+	bool cut_queued, tell_after_sync;
+	uint64_t cut_max_bytes, cut_cookie;
+	struct age_sample ages[AGE_SAMPLES];
+	uint32_t age_first, age_count;
+	struct mp_engine_volume counters;
+};
+
+/* ---- background work ---- */
+
+struct scan {                     /* reads a segment into memory; used by destage and by release */
+	struct mp_io io;
+	struct iovec iov;
+	uint8_t *memory;              /* one segment */
+	uint32_t segment;
+	uint64_t begin_bytes, end_bytes;  /* what of it is in memory */
+	bool busy;
+};
+struct cut {
+	struct scan scan;
+	struct volume *volume;        /* NULL: idle */
+	uint64_t parse_offset_bytes, next_sequence, raw_bytes;
+	uint64_t begin_offset_bytes, end_offset_bytes; /* of the records taken */
+	uint64_t first_sequence, last_sequence, lineage, epoch;
+	struct mp_io call;
+	uint8_t *frame;               /* result of encoding, malloc'ed */
+	int64_t frame_bytes;
+	uint64_t faults;
+	uint8_t volume_id[16];
+};
+struct release {
+	struct scan scan;
+	struct volume *volume;        /* NULL: idle */
+	uint64_t parse_offset_bytes, next_sequence;
+	uint32_t extent;              /* next extent of the record at parse_offset_bytes */
+	uint64_t payload_offset_bytes;/* of its data */
+	uint32_t fills;
+	bool parsed, broken;
+};
+struct checkpoint {
+	bool running, wanted, clean;
+	uint32_t stage;
+	uint64_t serial;              /* checkpoints begun */
+	uint64_t completed_serial;
+	struct mp_io io;
+	struct iovec iov;
+	uint8_t *buffer;              /* CHECKPOINT_STEP_BYTES */
+	uint64_t filled_bytes, flushing_bytes, offset_bytes; /* offset: where in the area buffer goes */
+	uint8_t *captured;            /* volumes, segment table, tombstones: of one instant */
+	uint64_t captured_bytes;
+	uint64_t cursor, index_rebuilds;
+	struct XXH3_state_s *hash;
+	struct mp_cache_checkpoint header;
+	struct mp_cache_super super;
+	uint64_t log_bytes;           /* appended since the last one began */
+};
+struct syncer {
+	bool running, wanted;
+	struct mp_io io;
+};
+
+struct command {
+	struct command *next;
+	int kind, flag, socket;
+	uint8_t volume[16];
+	uint64_t size_bytes, epoch, lineage, sequence, cookie, length_bytes;
+	uint8_t bytes[];
+};
+struct event_node { struct event_node *next; struct mp_event event; };
+
+struct mp_engine {
+	struct mp_driver *driver;
+	struct mp_engine_options options;
+	struct mp_cache_super super;
+	uint32_t super_copy;          /* where the newest superblock is */
+	struct segment *segments;
+	uint32_t segment_count, segments_free, segments_waiting, next_free_hint;
+	uint64_t slot_blocks;
+	struct index index;
+	uint64_t tombstone_count;     /* of all volumes */
+	struct mp_slots *slots;
+	struct mp_buffers *buffers;
+	struct volume *volumes[VOLUMES_MAX];
+	uint32_t volume_count;        /* numbers below this are or were in use */
+	uint32_t next_origin;
+	struct link connections;
+	uint32_t connection_count, paused;
+	struct link fetches;
+	uint64_t next_request_id;
+	uint32_t fetch_count, fills_inflight, ios_inflight;
+	bool link_up;
+	uint8_t *reply_bytes;         /* of the fetch stream: an incomplete frame */
+	uint64_t reply_length, reply_capacity;
+	struct cut cut;
+	uint32_t cut_turn;
+	struct release release;
+	struct checkpoint checkpoint;
+	struct syncer sync;
+	uint64_t now_ns, active_ns, stop_ns;
+	bool stopping, stopped, notify_wanted;
+	int failed;
+	struct mp_engine_counters counters;
+
+	pthread_t thread;
+	bool has_thread;
+	/* under mutex: the mailbox and the outboxes */
+	pthread_mutex_t mutex;
+	struct command *commands, **commands_tail;
+	struct event_node *events, **events_tail;
+	uint64_t event_count;
+	uint8_t *outgoing;            /* READ frames to take */
+	uint64_t outgoing_begin, outgoing_end, outgoing_capacity;
+	struct mp_engine_volume *published;
+	uint32_t published_count;
+	struct mp_engine_counters published_counters;
+	uint64_t published_ns;
+};
+
+/* engine.c */
+void engine_event(struct mp_engine *engine, const struct mp_event *event);
+void engine_volume_event(struct volume *volume, uint32_t type, int status, uint64_t cookie);
+void engine_fail(struct mp_engine *engine, int error, const char *what);
+void volume_fail(struct volume *volume, int error, const char *what);
+struct volume *volume_new(struct mp_engine *engine, const uint8_t *id, uint32_t number);
+struct volume *volume_by_id(struct mp_engine *engine, const uint8_t *id);
+void volume_free(struct volume *volume);
+bool volume_is_idle(const struct volume *volume);
+void engine_submit(struct mp_engine *engine, struct mp_io *io);
+static inline bool fault(const struct mp_engine *engine, uint64_t which)
+{
+	return (engine->options.test_faults & which) != 0;
+}
+
+/* outbox.c */
+void volume_publish(const struct volume *volume, struct mp_engine_volume *out);
+
+/* nbd.c */
+int connection_open(struct mp_engine *engine, struct volume *volume, const struct command *command);
+void connections_ready(void *owner, void *context, uint32_t ready);
+void connections_flush(struct mp_engine *engine);   /* end of a turn: replies, closing */
+void connections_resume(struct mp_engine *engine);  /* buffers came back: parse on */
+void connection_stop(struct connection *connection);
+void request_error(struct request *request, int error);
+void request_slice_done(struct request *request);
+void request_finish(struct request *request);
+
+/* reads.c */
+struct read *read_new(struct volume *volume, uint64_t first_block, uint32_t block_count);
+void read_start(struct read *read);
+void read_part_done(struct read *read);
+void read_release(struct read *read);
+
+/* mutations.c */
+struct mutation *mutation_new(struct volume *volume, enum mutation_kind kind, uint64_t first_byte,
+			      uint64_t length_bytes);
+void mutation_arrive(struct mutation *mutation);
+void mutation_base_done(struct mutation *mutation, struct read *read);
+void mutation_applied(struct mutation *mutation);
+void mutation_failed(struct mutation *mutation, int error);
+void mutation_free(struct mutation *mutation);
+void mutations_unhold(struct volume *volume);
+
+/* log.c */
+void log_append_ready(struct mp_engine *engine);
+void log_sync_if_wanted(struct mp_engine *engine);
+void log_want_sync(struct mp_engine *engine);
+void log_synced_record(struct volume *volume);
+uint64_t log_next_timer_ns(const struct mp_engine *engine);
+void log_wait_for_sync(struct volume *volume, struct request *request);
+uint64_t segment_offset_bytes(const struct mp_engine *engine, uint32_t segment);
+uint32_t segment_of_address(const struct mp_engine *engine, uint32_t address);
+/* Put one logged extent into the index and out of the slots; address of its first block, 0 for none. */
+void log_index_extent(struct volume *volume, const struct mp_extent *extent, uint32_t address);
+
+/* sweep.c */
+void sweep_step(struct mp_engine *engine);
+bool sweep_pending(const struct mp_engine *engine);
+
+/* fetch.c */
+void fetch_start(struct read *read, uint32_t first, uint32_t count);
+void fetch_feed(struct mp_engine *engine, const uint8_t *bytes, uint64_t length_bytes);
+void fetch_link(struct mp_engine *engine, bool up);
+void fetches_abandon(struct mp_engine *engine);
+bool fill_allowed(struct volume *volume, uint64_t block, uint64_t generation);
+
+/* scan.c, cut.c, release.c */
+void scan_start(struct mp_engine *engine, struct scan *scan, uint32_t segment, uint64_t begin_bytes,
+		void (*done)(struct mp_io *));
+void scan_more(struct mp_engine *engine, struct scan *scan, void (*done)(struct mp_io *));
+void cut_step(struct mp_engine *engine);
+void cut_reset(struct volume *volume);
+void destaged(struct volume *volume, uint64_t sequence);
+void release_step(struct mp_engine *engine);
+bool release_wanted(const struct mp_engine *engine);
+
+/* checkpoint.c, recovery.c */
+void checkpoint_step(struct mp_engine *engine);
+void checkpoint_fill_volume(const struct volume *volume, struct mp_cache_volume *out);
+int super_write(struct mp_driver *driver, struct mp_cache_super *super, uint32_t *copy); /* blocking */
+int recovery_run(struct mp_engine *engine, char *message, uint64_t message_bytes);
+int super_load(struct mp_driver *driver, struct mp_cache_super *out, uint32_t *copy, char *message,
+	       uint64_t message_bytes);
+int super_check(const struct mp_cache_super *super, uint64_t device_bytes, char *message,
+		uint64_t message_bytes);
+void super_seal(struct mp_cache_super *super);
+
+#endif

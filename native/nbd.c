@@ -1,0 +1,773 @@
+/* nbd.c - NBD transmission: parse requests, cut them into slices, send replies.
+ *
+ * Happy path: one receive brings many requests; headers are parsed in place, a WRITE's payload goes into aligned block
+ * buffers (received straight into them when large), everything finished in a turn leaves in one send.
+ * Every request is validated here, once; below, the same facts are asserted.
+ *
+ * Failure modes: a bad request is answered with the protocol's error and its payload is consumed, so that the stream stays
+ * in step; a bad magic or an absurd WRITE ends the connection. A client that does not read its replies, or asks for
+ * more than the buffers hold, stalls alone: its socket is not read. End of stream: writes already read whole are finished,
+ * a partly received slice is dropped. Full hang-up: unread input is dropped, so that a stale write cannot come after
+ * those of a new connection.
+ */
+#include "engine_internal.h"
+
+#include <endian.h>
+
+enum { REQUEST_MAGIC = 0x25609513, REPLY_MAGIC = 0x67446698, REQUEST_BYTES = 28 };
+enum { COMMAND_READ = 0, COMMAND_WRITE, COMMAND_DISC, COMMAND_FLUSH, COMMAND_TRIM, COMMAND_CACHE,
+	COMMAND_WRITE_ZEROES };
+enum { FLAG_FUA = 1, FLAG_NO_HOLE = 2 };
+enum { RECEIVES_PER_TURN = 8 };
+
+/* ---- replies ---- */
+
+/* NBD's own error numbers; anything else that goes wrong inside is an I/O error to the guest. Never ENOSPC for our
+ * reasons: it is set only for a request beyond the end. */
+static uint32_t wire_error(int error)
+{
+	switch (error) {
+	case 0:
+	case EPERM:
+	case EINVAL:
+	case ENOSPC:
+		return (uint32_t)error;
+	default:
+		return EIO;
+	}
+}
+
+static void request_free(struct request *request)
+{
+	struct connection *connection = request->connection;
+
+	while (!list_is_empty(&request->reads)) {
+		struct read *read = CONTAINER(request->reads.next, struct read, in_request);
+		list_remove(&read->in_request);
+		read->request = NULL;
+		read_release(read);
+	}
+	list_remove(&request->in_connection);
+	list_remove(&request->in_replies);
+	connection->inflight--;
+	connection->engine->counters.inflight_requests--;
+	free(request);
+}
+
+void request_finish(struct request *request)
+{
+	struct connection *connection = request->connection;
+	uint32_t magic = htobe32(REPLY_MAGIC), error = htobe32(wire_error(request->error));
+
+	if (connection->broken) {
+		request_free(request);
+		return;
+	}
+	memcpy(request->header, &magic, 4);
+	memcpy(request->header + 4, &error, 4);
+	memcpy(request->header + 8, &request->handle, 8);
+	list_append(&connection->replies, &request->in_replies);
+}
+
+void request_slice_done(struct request *request)
+{
+	assert(request->pending);
+	if (--request->pending)
+		return;
+	if (request->command != COMMAND_READ && (request->flags & FLAG_FUA) && !request->error)
+		log_wait_for_sync(request->connection->volume, request);
+	else
+		request_finish(request);
+}
+
+void request_error(struct request *request, int error)
+{
+	if (!request->error)
+		request->error = error;
+}
+
+/* ---- requests ---- */
+
+static struct request *request_new(struct connection *connection, const uint8_t *header)
+{
+	struct request *request = calloc(1, sizeof *request);
+	uint16_t half;
+	uint32_t word;
+	uint64_t giant;
+
+	if (!request)
+		return NULL;
+	request->connection = connection;
+	list_init(&request->in_connection);
+	list_init(&request->reads);
+	list_init(&request->in_sync);
+	list_init(&request->in_replies);
+	memcpy(&half, header + 4, 2);
+	request->flags = be16toh(half);
+	memcpy(&half, header + 6, 2);
+	request->command = be16toh(half);
+	memcpy(&request->handle, header + 8, 8);
+	memcpy(&giant, header + 16, 8);
+	request->offset_bytes = be64toh(giant);
+	memcpy(&word, header + 24, 4);
+	request->length_bytes = be32toh(word);
+	request->pending = 1; /* ours, until all slices are started */
+	list_append(&connection->requests, &request->in_connection);
+	connection->inflight++;
+	connection->engine->counters.requests++;
+	connection->engine->counters.inflight_requests++;
+	return request;
+}
+
+static bool is_mutation(uint16_t command)
+{
+	return command == COMMAND_WRITE || command == COMMAND_TRIM ||
+	       command == COMMAND_WRITE_ZEROES;
+}
+
+/* The errno of a request that must not be carried out, or 0. */
+static int validate(const struct request *request)
+{
+	const struct connection *connection = request->connection;
+	uint64_t size = connection->volume->size_bytes;
+	uint16_t allowed = FLAG_FUA;
+	bool beyond = request->offset_bytes > size ||
+		      request->length_bytes > size - request->offset_bytes;
+
+	if (request->command == COMMAND_WRITE_ZEROES)
+		allowed |= FLAG_NO_HOLE;
+	if (request->flags & ~allowed)
+		return EINVAL;
+	if (request->command > COMMAND_WRITE_ZEROES || request->command == COMMAND_CACHE)
+		return EINVAL;
+	if (is_mutation(request->command) && connection->read_only)
+		return EPERM;
+	if (request->command == COMMAND_FLUSH)
+		return 0;
+	if ((request->command == COMMAND_READ || request->command == COMMAND_WRITE) &&
+	    request->length_bytes > NBD_PAYLOAD_MAX)
+		return EINVAL;
+	if (beyond)
+		return request->command == COMMAND_WRITE ||
+				       request->command == COMMAND_WRITE_ZEROES
+			       ? ENOSPC
+			       : EINVAL;
+	return 0;
+}
+
+static void start_read(struct request *request)
+{
+	struct volume *volume = request->connection->volume;
+	uint64_t first = request->offset_bytes / MP_BLOCK_BYTES;
+	uint64_t end = (request->offset_bytes + request->length_bytes + MP_BLOCK_BYTES - 1) /
+		       MP_BLOCK_BYTES;
+
+	volume->counters.reads++;
+	volume->engine->counters.read_bytes += request->length_bytes;
+	while (request->length_bytes && first < end) {
+		uint32_t count = end - first > SLICE_BLOCKS ? SLICE_BLOCKS : (uint32_t)(end - first);
+		struct read *read = read_new(volume, first, count);
+
+		if (!read) {
+			request_error(request, EIO);
+			break;
+		}
+		read->request = request;
+		request->pending++;
+		list_append(&request->reads, &read->in_request);
+		read_start(read);
+		first += count;
+	}
+	request_slice_done(request);
+}
+
+static struct mutation *add_mutation(struct request *request, enum mutation_kind kind,
+				     uint64_t first_byte, uint64_t length_bytes)
+{
+	struct volume *volume = request->connection->volume;
+	struct mutation *mutation = mutation_new(volume, kind, first_byte, length_bytes);
+
+	if (!mutation)
+		return NULL;
+	mutation->request = request;
+	mutation->fua = (request->flags & FLAG_FUA) != 0;
+	request->pending++;
+	return mutation;
+}
+
+static bool zero_edge(struct request *request, uint64_t first_byte, uint64_t length_bytes)
+{
+	struct mutation *mutation = add_mutation(request, MUTATION_DATA, first_byte, length_bytes);
+
+	if (!mutation)
+		return false;
+	memset(mutation->buffer, 0, mutation->buffer_bytes);
+	mutation_arrive(mutation);
+	return true;
+}
+
+/* TRIM and WRITE_ZEROES: the edges that cover a block partly are written, whole blocks become one range. */
+static void start_range(struct request *request)
+{
+	uint64_t at = request->offset_bytes, end = at + request->length_bytes;
+	uint64_t first = (at + MP_BLOCK_BYTES - 1) / MP_BLOCK_BYTES * MP_BLOCK_BYTES;
+	uint64_t last = end / MP_BLOCK_BYTES * MP_BLOCK_BYTES;
+	struct volume *volume = request->connection->volume;
+	bool ok = true, trim = request->command == COMMAND_TRIM;
+
+	if (end == volume->size_bytes && end % MP_BLOCK_BYTES)
+		last = (end / MP_BLOCK_BYTES + 1) * MP_BLOCK_BYTES; /* nothing lies behind the end */
+	if (trim)
+		volume->counters.trims++;
+	else
+		volume->counters.zeroes++;
+	if (request->length_bytes && last < first)
+		ok = zero_edge(request, at, end - at);
+	else if (request->length_bytes) {
+		if (at < first)
+			ok = zero_edge(request, at, first - at);
+		if (ok && first < last) {
+			struct mutation *middle =
+				add_mutation(request, trim ? MUTATION_TRIM : MUTATION_ZERO, first,
+					     last - first);
+			ok = middle != NULL;
+			if (middle)
+				mutation_arrive(middle);
+		}
+		if (ok && last < end)
+			ok = zero_edge(request, last, end - last);
+	}
+	if (!ok)
+		request_error(request, EIO);
+	request_slice_done(request);
+}
+
+static void start_flush(struct request *request)
+{
+	struct volume *volume = request->connection->volume;
+
+	volume->counters.flushes++;
+	volume->engine->counters.flushes++;
+	if (volume->failed)
+		request_error(request, EIO);
+	if (request->error)
+		request_finish(request);
+	else
+		log_wait_for_sync(volume, request);
+}
+
+/* ---- receiving ---- */
+
+static bool buffers_allow(const struct connection *connection, uint64_t bytes)
+{
+	const struct mp_engine *engine = connection->engine;
+	uint64_t used = mp_buffers_used_bytes(engine->buffers);
+
+	/* A single large request may always go alone, or it would wait for ever. */
+	return used + bytes + bytes / SLICE_BLOCKS <= engine->options.buffer_bytes ||
+	       engine->counters.inflight_requests <= (connection->writing ? 1U : 0U);
+}
+
+static void pause_reading(struct connection *connection)
+{
+	if (!connection->paused) {
+		connection->paused = true;
+		connection->engine->paused++;
+	}
+}
+
+static void break_connection(struct connection *connection)
+{
+	connection->broken = true;
+	connection->state = RECEIVE_STOPPED;
+	connection->receive_begin = connection->receive_end = 0;
+}
+
+/* A WRITE being received will never be whole: forget the slice; what was cut before goes its way. */
+static void abandon_write(struct connection *connection)
+{
+	struct request *request = connection->writing;
+
+	if (connection->slice) {
+		mutation_free(connection->slice);
+		request->pending--;
+		connection->slice = NULL;
+	}
+	connection->writing = NULL;
+	if (request) {
+		request_error(request, EIO);
+		request_slice_done(request);
+	}
+}
+
+static void discard_payload(struct connection *connection, struct request *request, int error)
+{
+	connection->payload_left = request->length_bytes;
+	connection->state = connection->payload_left ? RECEIVE_DISCARD : RECEIVE_HEADER;
+	if (request->length_bytes > NBD_DISCARD_MAX) {
+		connection->engine->counters.protocol_errors++;
+		break_connection(connection);
+	}
+	request_error(request, error);
+	request_finish(request);
+}
+
+static void refuse(struct connection *connection, struct request *request, int error)
+{
+	connection->engine->counters.refused_requests++;
+	if (request->command == COMMAND_WRITE) {
+		discard_payload(connection, request, error);
+		return;
+	}
+	request_error(request, error);
+	request_finish(request);
+}
+
+static void dispatch(struct connection *connection, struct request *request)
+{
+	int error = validate(request);
+
+	if (request->command == COMMAND_DISC) {
+		connection->disconnected = true;
+		connection->state = RECEIVE_STOPPED;
+		request_free(request);
+		return;
+	}
+	if (error) {
+		refuse(connection, request, error);
+		return;
+	}
+	switch (request->command) {
+	case COMMAND_READ:
+		start_read(request);
+		break;
+	case COMMAND_WRITE:
+		connection->volume->counters.writes++;
+		connection->engine->counters.written_bytes += request->length_bytes;
+		connection->writing = request;
+		connection->payload_left = request->length_bytes;
+		connection->state = RECEIVE_PAYLOAD;
+		break;
+	case COMMAND_FLUSH:
+		start_flush(request);
+		break;
+	default:
+		start_range(request);
+	}
+}
+
+static bool parse_header(struct connection *connection)
+{
+	const uint8_t *header = connection->receive + connection->receive_begin;
+	uint16_t command;
+	uint32_t magic, length;
+	struct request *request;
+
+	if (connection->receive_end - connection->receive_begin < REQUEST_BYTES)
+		return false;
+	memcpy(&magic, header, 4);
+	memcpy(&command, header + 6, 2);
+	memcpy(&length, header + 24, 4);
+	if (be32toh(magic) != REQUEST_MAGIC) {
+		connection->engine->counters.protocol_errors++;
+		break_connection(connection);
+		return false;
+	}
+	if (connection->inflight >= REQUESTS_MAX ||
+	    (be16toh(command) == COMMAND_READ && be32toh(length) <= NBD_PAYLOAD_MAX &&
+	     !buffers_allow(connection, be32toh(length) + 2ULL * MP_BLOCK_BYTES))) {
+		pause_reading(connection);
+		return false;
+	}
+	request = request_new(connection, header);
+	if (!request) {
+		pause_reading(connection);
+		return false;
+	}
+	connection->receive_begin += REQUEST_BYTES;
+	dispatch(connection, request);
+	return true;
+}
+
+/* The next slice of a WRITE ends where a slice-sized stretch of the volume ends. */
+static bool next_slice(struct connection *connection)
+{
+	struct request *request = connection->writing;
+	uint64_t at = request->offset_bytes + request->length_bytes - connection->payload_left;
+	uint64_t length = SLICE_BYTES - at % MP_BLOCK_BYTES;
+
+	if (length > connection->payload_left)
+		length = connection->payload_left;
+	if (buffers_allow(connection, length + 2ULL * MP_BLOCK_BYTES))
+		connection->slice = add_mutation(request, MUTATION_DATA, at, length);
+	connection->slice_received = 0;
+	if (!connection->slice)
+		pause_reading(connection);
+	return connection->slice != NULL;
+}
+
+static void payload_arrived(struct connection *connection, uint64_t bytes)
+{
+	struct mutation *slice = connection->slice;
+
+	connection->slice_received += bytes;
+	connection->payload_left -= bytes;
+	if (connection->slice_received < slice->length_bytes)
+		return;
+	connection->slice = NULL;
+	mutation_arrive(slice);
+}
+
+static bool parse_payload(struct connection *connection)
+{
+	uint32_t available = connection->receive_end - connection->receive_begin;
+	struct request *request = connection->writing;
+	struct mutation *slice;
+	uint64_t take;
+
+	if (connection->payload_left == 0) {
+		connection->writing = NULL;
+		connection->state = RECEIVE_HEADER;
+		request_slice_done(request);
+		return true;
+	}
+	if (!connection->slice && !next_slice(connection))
+		return false;
+	if (available == 0)
+		return false;
+	slice = connection->slice;
+	take = slice->length_bytes - connection->slice_received;
+	take = take < available ? take : available;
+	memcpy(slice->buffer + slice->first_byte % MP_BLOCK_BYTES + connection->slice_received,
+	       connection->receive + connection->receive_begin, take);
+	connection->receive_begin += (uint32_t)take;
+	payload_arrived(connection, take);
+	return true;
+}
+
+static bool parse_discard(struct connection *connection)
+{
+	uint32_t available = connection->receive_end - connection->receive_begin;
+	uint32_t take = connection->payload_left < available ? (uint32_t)connection->payload_left
+							     : available;
+
+	connection->receive_begin += take;
+	connection->payload_left -= take;
+	if (connection->payload_left == 0)
+		connection->state = RECEIVE_HEADER;
+	return take > 0;
+}
+
+static void parse(struct connection *connection)
+{
+	bool more = true;
+
+	while (more && !connection->paused)
+		switch (connection->state) {
+		case RECEIVE_HEADER:
+			more = parse_header(connection);
+			break;
+		case RECEIVE_PAYLOAD:
+			more = parse_payload(connection);
+			break;
+		case RECEIVE_DISCARD:
+			more = parse_discard(connection);
+			break;
+		case RECEIVE_STOPPED:
+			connection->receive_begin = connection->receive_end = 0;
+			more = false;
+			break;
+		}
+	if (connection->receive_begin == connection->receive_end)
+		connection->receive_begin = connection->receive_end = 0;
+	else if (connection->receive_begin > RECEIVE_BYTES / 2) {
+		connection->receive_end -= connection->receive_begin;
+		memmove(connection->receive, connection->receive + connection->receive_begin,
+			connection->receive_end);
+		connection->receive_begin = 0;
+	}
+}
+
+/* The rest of a large slice is received in place; what comes behind it goes to the receive buffer. */
+static int64_t receive_some(struct connection *connection)
+{
+	struct mp_engine *engine = connection->engine;
+	struct iovec iov[2];
+	int count = 0;
+	uint64_t direct = 0;
+	int64_t got;
+
+	if (connection->slice && connection->receive_begin == connection->receive_end) {
+		struct mutation *slice = connection->slice;
+		direct = slice->length_bytes - connection->slice_received;
+		iov[count].iov_base = slice->buffer + slice->first_byte % MP_BLOCK_BYTES +
+				      connection->slice_received;
+		iov[count++].iov_len = direct;
+	}
+	iov[count].iov_base = connection->receive + connection->receive_end;
+	iov[count].iov_len = RECEIVE_BYTES - connection->receive_end;
+	if (iov[count].iov_len)
+		count++;
+	got = engine->driver->receive(engine->driver->self, connection->socket, iov, count);
+	if (got <= 0)
+		return got;
+	if (direct) {
+		uint64_t placed = (uint64_t)got < direct ? (uint64_t)got : direct;
+		payload_arrived(connection, placed);
+		connection->receive_end += (uint32_t)((uint64_t)got - placed);
+	} else
+		connection->receive_end += (uint32_t)got;
+	return got;
+}
+
+static bool may_receive(const struct connection *connection)
+{
+	return !connection->paused && !connection->ended && !connection->broken &&
+	       connection->state != RECEIVE_STOPPED;
+}
+
+static void receive_all(struct connection *connection)
+{
+	int i;
+
+	for (i = 0; i < RECEIVES_PER_TURN && may_receive(connection); i++) {
+		int64_t got = receive_some(connection);
+
+		if (got == -EAGAIN)
+			return;
+		if (got > 0) {
+			parse(connection);
+			continue;
+		}
+		connection->ended = true;
+		connection->state = RECEIVE_STOPPED;
+		if (got < 0)
+			break_connection(connection);
+		abandon_write(connection);
+	}
+}
+
+void connections_ready(void *owner, void *context, uint32_t ready)
+{
+	struct connection *connection = context;
+
+	(void)owner;
+	if ((ready & MP_SOCKET_HANGUP) && !connection->ended) {
+		/* Both directions are gone: nothing can be answered, and unread writes must not be carried out
+		 * later than those that the client may have sent again on a new connection. */
+		connection->ended = true;
+		break_connection(connection);
+		abandon_write(connection);
+		return;
+	}
+	if (ready & MP_SOCKET_READ)
+		receive_all(connection);
+}
+
+/* ---- sending ---- */
+
+static int gather(const struct connection *connection, struct iovec *iov)
+{
+	const struct link *link, *slice;
+	int count = 0;
+
+	for (link = connection->replies.next; link != &connection->replies; link = link->next) {
+		struct request *request = CONTAINER(link, struct request, in_replies);
+		uint64_t skip = request->offset_bytes % MP_BLOCK_BYTES;
+		uint64_t left = request->error ? 0 : request->length_bytes;
+
+		if (count + 1 > REPLY_IOVECS)
+			break;
+		iov[count].iov_base = request->header;
+		iov[count++].iov_len = sizeof request->header;
+		if (request->command != COMMAND_READ)
+			continue;
+		for (slice = request->reads.next; slice != &request->reads && left;
+		     slice = slice->next) {
+			struct read *read = CONTAINER(slice, struct read, in_request);
+			uint64_t length = read->buffer_bytes - skip;
+
+			if (count == REPLY_IOVECS)
+				return count;
+			iov[count].iov_base = read->buffer + skip;
+			iov[count].iov_len = length < left ? length : left;
+			left -= iov[count++].iov_len;
+			skip = 0;
+		}
+	}
+	return count;
+}
+
+static uint64_t reply_bytes(const struct request *request)
+{
+	bool data = request->command == COMMAND_READ && !request->error;
+
+	return sizeof request->header + (data ? request->length_bytes : 0);
+}
+
+static void advance(struct connection *connection, uint64_t sent)
+{
+	connection->sent_bytes += sent;
+	while (!list_is_empty(&connection->replies)) {
+		struct request *request =
+			CONTAINER(connection->replies.next, struct request, in_replies);
+		uint64_t bytes = reply_bytes(request);
+
+		if (connection->sent_bytes < bytes)
+			return;
+		connection->sent_bytes -= bytes;
+		request_free(request);
+	}
+}
+
+static void set_interest(struct connection *connection, bool write)
+{
+	struct mp_engine *engine = connection->engine;
+	uint32_t interest = (may_receive(connection) ? MP_SOCKET_READ : 0U) |
+			    (write ? MP_SOCKET_WRITE : 0U);
+
+	if (interest == connection->interest)
+		return;
+	connection->interest = interest;
+	engine->driver->watch(engine->driver->self, connection->socket, interest, connection);
+}
+
+/* Skip what was sent of the first iovecs already. */
+static int trim_sent(struct iovec *iov, int count, uint64_t sent)
+{
+	int i, keep = 0;
+
+	for (i = 0; i < count; i++) {
+		if (sent >= iov[i].iov_len) {
+			sent -= iov[i].iov_len;
+			continue;
+		}
+		iov[keep].iov_base = (uint8_t *)iov[i].iov_base + sent;
+		iov[keep++].iov_len = iov[i].iov_len - sent;
+		sent = 0;
+	}
+	return keep;
+}
+
+static void send_replies(struct connection *connection)
+{
+	struct mp_engine *engine = connection->engine;
+	struct iovec iov[REPLY_IOVECS];
+	int64_t sent = 0;
+
+	while (!list_is_empty(&connection->replies) && !connection->broken) {
+		int count = trim_sent(iov, gather(connection, iov), connection->sent_bytes);
+
+		if (count == 0) { /* more slices than iovecs, all of them sent: cannot be, one slice is one */
+			break_connection(connection);
+			break;
+		}
+		sent = engine->driver->send(engine->driver->self, connection->socket, iov, count);
+		if (sent == -EAGAIN)
+			break;
+		if (sent < 0) {
+			break_connection(connection);
+			abandon_write(connection);
+			break;
+		}
+		advance(connection, (uint64_t)sent);
+	}
+	while (connection->broken && !list_is_empty(&connection->replies))
+		request_free(CONTAINER(connection->replies.next, struct request, in_replies));
+	if (!connection->broken)
+		set_interest(connection, sent == -EAGAIN);
+}
+
+static bool may_close(const struct connection *connection)
+{
+	bool no_more = connection->disconnected || connection->ended || connection->broken ||
+		       connection->stopping;
+
+	return no_more && connection->inflight == 0;
+}
+
+static void connection_close(struct connection *connection)
+{
+	struct mp_engine *engine = connection->engine;
+
+	assert(!connection->writing && !connection->slice);
+	engine->driver->close_socket(engine->driver->self, connection->socket);
+	engine_volume_event(connection->volume, MP_EVENT_CONNECTION_CLOSED,
+			    connection->disconnected ? 1 : 0, connection->cookie);
+	connection->volume->connections--;
+	engine->connection_count--;
+	engine->paused -= connection->paused;
+	list_remove(&connection->in_engine);
+	free(connection->receive);
+	free(connection);
+}
+
+void connections_flush(struct mp_engine *engine)
+{
+	struct link *link = engine->connections.next;
+
+	while (link != &engine->connections) {
+		struct connection *connection = CONTAINER(link, struct connection, in_engine);
+		link = link->next;
+		send_replies(connection);
+		if (may_close(connection))
+			connection_close(connection);
+	}
+}
+
+void connections_resume(struct mp_engine *engine)
+{
+	struct link *link = engine->connections.next;
+
+	if (!engine->paused)
+		return;
+	while (link != &engine->connections) {
+		struct connection *connection = CONTAINER(link, struct connection, in_engine);
+		link = link->next;
+		if (!connection->paused || connection->broken)
+			continue;
+		connection->paused = false;
+		engine->paused--;
+		parse(connection);
+		if (!connection->broken)
+			set_interest(connection, !list_is_empty(&connection->replies));
+	}
+}
+
+void connection_stop(struct connection *connection)
+{
+	connection->stopping = true;
+	connection->state = RECEIVE_STOPPED;
+	abandon_write(connection);
+}
+
+int connection_open(struct mp_engine *engine, struct volume *volume, const struct command *command)
+{
+	struct connection *connection = calloc(1, sizeof *connection);
+
+	if (connection)
+		connection->receive = malloc(RECEIVE_BYTES);
+	if (!connection || !connection->receive || command->length_bytes > RECEIVE_BYTES) {
+		if (connection)
+			free(connection->receive);
+		free(connection);
+		return -ENOMEM;
+	}
+	connection->engine = engine;
+	connection->volume = volume;
+	connection->cookie = command->cookie;
+	connection->socket = command->socket;
+	connection->read_only = command->flag != 0;
+	list_init(&connection->in_engine);
+	list_init(&connection->requests);
+	list_init(&connection->replies);
+	list_append(&engine->connections, &connection->in_engine);
+	engine->connection_count++;
+	volume->connections++;
+	memcpy(connection->receive, command->bytes, command->length_bytes);
+	connection->receive_end = (uint32_t)command->length_bytes;
+	connection->interest = MP_SOCKET_READ;
+	engine->driver->watch(engine->driver->self, connection->socket, MP_SOCKET_READ, connection);
+	parse(connection);
+	return 0;
+}

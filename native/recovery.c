@@ -1,0 +1,596 @@
+/* recovery.c - from what a crash left on the device to a state that may serve.
+ *
+ * Order: newest valid superblock -> its checkpoint (volumes, segment table, tombstones, index, slots) -> first record of every
+ * segment that the checkpoint does not know in a chain -> each chain is followed from its position in the checkpoint,
+ * record by record, data verified, index and slots brought up to date -> one sync, so that what was found is durable
+ * before it is built upon -> a new incarnation in the superblock, synced, before anything is appended.
+ *
+ * A chain ends at the first record that does not verify or does not follow. When anything behind it proves that the chain
+ * had been synced beyond that point, it is not an end but corruption: the volume fails, nothing of it is changed.
+ *
+ * What a crash during recovery leaves: nothing was written before the superblock; that write goes to the older copy.
+ * Failure modes: no valid superblock, an unknown version or feature, a checkpoint that does not verify: one line, no start.
+ */
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
+#include <stdio.h>
+
+#include "engine_internal.h"
+
+/* First record of a segment outside the chains of the checkpoint: a chain may go on there. */
+struct candidate {
+	uint8_t volume[16];
+	uint64_t ordinal, previous_checksum, incarnation, synced_sequence;
+	bool valid;
+};
+struct recovery {
+	struct mp_engine *engine;
+	struct candidate *candidates; /* per segment */
+	uint8_t *memory;              /* one segment */
+	char *message;
+	uint64_t message_bytes;
+};
+
+/* ---- checkpoint ---- */
+
+static int complain(struct recovery *recovery, int error, const char *what)
+{
+	snprintf(recovery->message, recovery->message_bytes, "%s", what);
+	return error;
+}
+
+static int load_volumes(struct mp_engine *engine, const uint8_t *in, uint64_t count)
+{
+	uint64_t i;
+
+	for (i = 0; i < count; i++) {
+		struct mp_cache_volume state;
+		struct volume *volume;
+
+		memcpy(&state, in + i * sizeof state, sizeof state);
+		if (state.number >= VOLUMES_MAX || engine->volumes[state.number])
+			return -EPROTO;
+		volume = volume_new(engine, state.id, state.number);
+		if (!volume)
+			return -ENOMEM;
+		volume->origin = state.origin;
+		volume->size_bytes = state.size_bytes;
+		volume->epoch = state.epoch;
+		volume->lineage = state.lineage;
+		volume->destaged_sequence = state.destaged_sequence;
+		volume->last_sequence = volume->applied_sequence = state.last_sequence;
+		volume->synced_sequence = state.synced_sequence;
+		volume->head_ordinal = state.head_ordinal;
+		volume->head_offset_bytes = state.head_offset_bytes;
+		volume->head_checksum = state.head_checksum;
+		volume->head_incarnation = state.head_incarnation;
+		if (state.origin >= engine->next_origin)
+			engine->next_origin = state.origin + 1;
+	}
+	return 0;
+}
+
+static int load_segments(struct mp_engine *engine, const uint8_t *in, uint64_t count)
+{
+	uint64_t i;
+
+	if (count != engine->segment_count)
+		return -EPROTO;
+	for (i = 0; i < count; i++) {
+		struct mp_segment_entry entry;
+
+		memcpy(&entry, in + i * sizeof entry, sizeof entry);
+		if (entry.state == 0)
+			continue;
+		if (entry.number >= VOLUMES_MAX || !engine->volumes[entry.number])
+			return -EPROTO;
+		engine->segments[i].state = SEGMENT_CHAIN;
+		engine->segments[i].number = entry.number;
+		engine->segments[i].ordinal = entry.ordinal;
+		engine->segments_free--;
+	}
+	return 0;
+}
+
+static int load_tombstones(struct mp_engine *engine, const uint8_t *in, uint64_t count)
+{
+	uint64_t i;
+
+	for (i = 0; i < count; i++) {
+		struct mp_tombstone entry;
+		struct volume *volume;
+
+		memcpy(&entry, in + i * sizeof entry, sizeof entry);
+		volume = entry.number < VOLUMES_MAX ? engine->volumes[entry.number] : NULL;
+		if (!volume || !entry.block_count ||
+		    tombstones_put(&volume->tombstones, entry.first_block, entry.block_count,
+				   entry.sequence))
+			return -EPROTO;
+	}
+	return 0;
+}
+
+static int load_index(struct mp_engine *engine, const uint8_t *in, uint64_t count)
+{
+	uint64_t i;
+
+	if (count > index_limit(&engine->index))
+		return -EPROTO;
+	for (i = 0; i < count; i++) {
+		struct mp_index_entry entry;
+		struct index_slot *slot;
+		uint64_t place;
+
+		memcpy(&entry, in + i * sizeof entry, sizeof entry);
+		place = (uint64_t)entry.address * MP_BLOCK_BYTES;
+		if (entry.number >= VOLUMES_MAX || !engine->volumes[entry.number] ||
+		    entry.block >= 1ULL << 40 ||
+		    (place && (place < engine->super.log_offset_bytes ||
+			       place >= engine->super.slots_offset_bytes)))
+			return -EPROTO;
+		slot = index_put(&engine->index, entry.number, entry.block);
+		slot->sequence = (uint32_t)entry.sequence;
+		slot->checksum = entry.checksum;
+		slot->address = entry.address;
+	}
+	return 0;
+}
+
+static int load_body(struct mp_engine *engine, const struct mp_cache_checkpoint *header,
+		     const uint8_t *body, uint64_t body_bytes)
+{
+	const uint8_t *in = body;
+	uint64_t need;
+	int rc;
+
+	if (header->volume_count > VOLUMES_MAX || header->tombstone_count > TOMBSTONES_MAX ||
+	    header->segment_count != engine->segment_count ||
+	    header->index_count > index_limit(&engine->index) ||
+	    header->slot_count != engine->super.slot_count ||
+	    header->slot_blocks != engine->slot_blocks)
+		return -EPROTO;
+	need = header->volume_count * sizeof(struct mp_cache_volume) +
+	       header->segment_count * sizeof(struct mp_segment_entry) +
+	       header->tombstone_count * sizeof(struct mp_tombstone) +
+	       header->index_count * sizeof(struct mp_index_entry) +
+	       header->slot_count * mp_slots_entry_bytes(engine->slots);
+	if (need > body_bytes)
+		return -EPROTO;
+	rc = load_volumes(engine, in, header->volume_count);
+	in += header->volume_count * sizeof(struct mp_cache_volume);
+	rc = rc ? rc : load_segments(engine, in, header->segment_count);
+	in += header->segment_count * sizeof(struct mp_segment_entry);
+	rc = rc ? rc : load_tombstones(engine, in, header->tombstone_count);
+	engine->tombstone_count = header->tombstone_count;
+	in += header->tombstone_count * sizeof(struct mp_tombstone);
+	rc = rc ? rc : load_index(engine, in, header->index_count);
+	in += header->index_count * sizeof(struct mp_index_entry);
+	if (rc)
+		return rc;
+	mp_slots_load(engine->slots, 0, header->slot_count, in);
+	return 0;
+}
+
+static int load_checkpoint(struct recovery *recovery)
+{
+	struct mp_engine *engine = recovery->engine;
+	const struct mp_cache_super *super = &engine->super;
+	uint64_t offset = super->checkpoint_offset_bytes[super->checkpoint_area];
+	uint64_t bytes = super->checkpoint_length_bytes, at;
+	struct mp_cache_checkpoint header;
+	uint8_t *memory;
+	int64_t rc = 0;
+
+	if (super->checkpoint_generation == 0)
+		return 0;
+	if (bytes < MP_BLOCK_BYTES || bytes % MP_BLOCK_BYTES ||
+	    bytes > super->checkpoint_capacity_bytes)
+		return complain(recovery, -EPROTO, "the superblock names an impossible checkpoint");
+	memory = aligned_alloc(MP_BLOCK_BYTES, bytes);
+	if (!memory)
+		return complain(recovery, -ENOMEM, "no memory to load the checkpoint");
+	for (at = 0; at < bytes && rc >= 0; at += CHECKPOINT_STEP_BYTES) {
+		uint64_t step = bytes - at < CHECKPOINT_STEP_BYTES ? bytes - at
+								   : CHECKPOINT_STEP_BYTES;
+		rc = mp_driver_read(engine->driver, 0, offset + at, memory + at, step);
+	}
+	memcpy(&header, memory, sizeof header);
+	if (rc >= 0 && (header.magic != MP_CACHE_CHECKPOINT_MAGIC ||
+			header.generation != super->checkpoint_generation ||
+			header.checksum != mp_xxh3(&header.generation, sizeof header - 16) ||
+			super->checkpoint_checksum !=
+				XXH3_64bits(memory + MP_BLOCK_BYTES, bytes - MP_BLOCK_BYTES)))
+		rc = -EBADMSG;
+	if (rc >= 0)
+		rc = load_body(engine, &header, memory + MP_BLOCK_BYTES, bytes - MP_BLOCK_BYTES);
+	free(memory);
+	if (rc == -EBADMSG)
+		complain(recovery, 0, "the checkpoint does not verify: the device is damaged; "
+				      "nothing was changed");
+	else if (rc < 0)
+		complain(recovery, 0, "the checkpoint cannot be loaded; nothing was changed");
+	return rc < 0 ? (int)rc : 0;
+}
+
+/* ---- chains ---- */
+
+/* The record at offset of memory, if it is whole and belongs at this place. */
+static const struct mp_record *record_at(const struct mp_engine *engine, const uint8_t *memory,
+					 uint64_t offset_bytes, int64_t *length)
+{
+	const struct mp_record *record =
+		(const struct mp_record *)(const void *)(memory + offset_bytes);
+
+	if (offset_bytes + MP_BLOCK_BYTES > engine->super.log_segment_bytes)
+		return NULL;
+	*length = mp_record_check(record, engine->super.log_segment_bytes - offset_bytes);
+	if (*length <= 0 || (uint64_t)*length > engine->super.log_segment_bytes - offset_bytes ||
+	    record->segment_offset_bytes != offset_bytes ||
+	    (record->type != MP_RECORD_LOG && record->type != MP_RECORD_SYNCED))
+		return NULL;
+	return record;
+}
+
+static int read_candidates(struct recovery *recovery)
+{
+	struct mp_engine *engine = recovery->engine;
+	uint32_t i;
+
+	for (i = 0; i < engine->segment_count; i++) {
+		struct candidate *candidate = &recovery->candidates[i];
+		const struct mp_record *record;
+		int64_t length, rc;
+
+		/* The longest header is 64 KiB; its first block tells whether more is worth reading. */
+		rc = mp_driver_read(engine->driver, 0, segment_offset_bytes(engine, i),
+				    recovery->memory, MP_BLOCK_BYTES);
+		record = (const struct mp_record *)(const void *)recovery->memory;
+		if (rc >= 0 && record->magic == MP_RECORD_MAGIC &&
+		    record->header_length_bytes > MP_BLOCK_BYTES)
+			rc = mp_driver_read(engine->driver, 0, segment_offset_bytes(engine, i),
+					    recovery->memory, 65536);
+		if (rc == -ESHUTDOWN)
+			return (int)rc;
+		if (rc < 0)
+			continue; /* a chain that needs it will say so */
+		record = record_at(engine, recovery->memory, 0, &length);
+		if (!record)
+			continue;
+		memcpy(candidate->volume, record->volume, sizeof candidate->volume);
+		candidate->ordinal = record->segment_ordinal;
+		candidate->previous_checksum = record->previous_checksum;
+		candidate->incarnation = record->incarnation;
+		candidate->synced_sequence = record->synced_sequence;
+		candidate->valid = true;
+		if (engine->segments[i].state == SEGMENT_CHAIN)
+			engine->segments[i].first_sequence =
+				record->type == MP_RECORD_LOG ? record->first_sequence
+							      : record->last_sequence + 1;
+	}
+	return 0;
+}
+
+static uint32_t chain_segment(const struct mp_engine *engine, const struct volume *volume,
+			      uint64_t ordinal)
+{
+	uint32_t i;
+
+	for (i = 0; i < engine->segment_count; i++)
+		if (engine->segments[i].state == SEGMENT_CHAIN &&
+		    engine->segments[i].number == volume->number &&
+		    engine->segments[i].ordinal == ordinal)
+			return i;
+	return NO_SEGMENT;
+}
+
+/* Link the segments of a chain from the checkpoint's table, tail to head. Segments that were taken but held nothing
+ * applied yet lie behind the checkpoint's position: they are candidates like any free segment. */
+static void link_chain(struct recovery *recovery, struct volume *volume)
+{
+	struct mp_engine *engine = recovery->engine;
+	uint64_t ordinal = UINT64_MAX;
+	uint32_t i, at;
+
+	for (i = 0; i < engine->segment_count; i++) {
+		struct segment *segment = &engine->segments[i];
+		if (segment->state != SEGMENT_CHAIN || segment->number != volume->number)
+			continue;
+		if (segment->ordinal > volume->head_ordinal) {
+			segment->state = SEGMENT_FREE;
+			engine->segments_free++;
+		} else if (segment->ordinal < ordinal)
+			ordinal = segment->ordinal;
+	}
+	for (; ordinal <= volume->head_ordinal; ordinal++) {
+		at = chain_segment(engine, volume, ordinal);
+		if (at == NO_SEGMENT)
+			return;
+		if (volume->head_segment == NO_SEGMENT)
+			volume->tail_segment = at;
+		else
+			engine->segments[volume->head_segment].next = at;
+		engine->segments[at].next = NO_SEGMENT;
+		volume->head_segment = at;
+	}
+}
+
+static bool incarnation_follows(const struct volume *volume, uint64_t incarnation)
+{
+	const struct mp_engine *engine = volume->engine;
+	uint64_t known = engine->super.incarnation;
+
+	if (fault(engine, MP_FAULT_NO_INCARNATION))
+		return true;
+	/* Along a chain the counter never falls, and never passes the superblock's. */
+	return incarnation >> 32 >= volume->head_incarnation >> 32 &&
+	       (incarnation >> 32 < known >> 32 || incarnation == known);
+}
+
+static bool follows(const struct volume *volume, const struct mp_record *record, uint64_t ordinal)
+{
+	if (memcmp(record->volume, volume->id, sizeof record->volume) != 0 ||
+	    record->segment_ordinal != ordinal ||
+	    !incarnation_follows(volume, record->incarnation))
+		return false;
+	if (!fault(volume->engine, MP_FAULT_NO_INCARNATION) &&
+	    record->previous_checksum != volume->head_checksum)
+		return false;
+	if (record->type == MP_RECORD_SYNCED)
+		return record->last_sequence == volume->last_sequence;
+	return record->first_sequence == volume->last_sequence + 1;
+}
+
+static void replay(struct volume *volume, const struct mp_record *record, uint64_t length,
+		   uint32_t segment)
+{
+	struct mp_engine *engine = volume->engine;
+	const uint8_t *bytes = (const uint8_t *)record;
+	const struct mp_extent *table =
+		(const struct mp_extent *)(const void *)(bytes + MP_RECORD_HEADER_BYTES);
+	uint32_t address = (uint32_t)((segment_offset_bytes(engine, segment) +
+				       record->segment_offset_bytes + record->header_length_bytes) /
+				      MP_BLOCK_BYTES);
+	uint32_t i;
+
+	for (i = 0; i < record->extent_count; i++) {
+		if (!fault(engine, MP_FAULT_KEEP_STALE_SLOTS) ||
+		    record->last_sequence > volume->destaged_sequence)
+			log_index_extent(volume, &table[i], address);
+		address += table[i].stored_length_bytes / MP_BLOCK_BYTES;
+	}
+	if (record->type == MP_RECORD_LOG)
+		volume->last_sequence = volume->applied_sequence = record->last_sequence;
+	volume->epoch = record->epoch > volume->epoch ? record->epoch : volume->epoch;
+	volume->lineage = record->lineage;
+	volume->head_checksum = record->checksum;
+	volume->head_incarnation = record->incarnation;
+	volume->head_offset_bytes = record->segment_offset_bytes + length;
+	volume->logged_synced_sequence = record->synced_sequence;
+	if (record->synced_sequence > volume->synced_sequence)
+		volume->synced_sequence = record->synced_sequence;
+	engine->counters.recovered_records++;
+	engine->counters.recovered_bytes += length;
+}
+
+static int load_segment(struct recovery *recovery, uint32_t segment)
+{
+	const struct mp_engine *engine = recovery->engine;
+	uint64_t at;
+	int64_t rc = 0;
+
+	for (at = 0; at < engine->super.log_segment_bytes && rc >= 0; at += SCAN_STEP_BYTES)
+		rc = mp_driver_read(engine->driver, 0, segment_offset_bytes(engine, segment) + at,
+				    recovery->memory + at, SCAN_STEP_BYTES);
+	return rc < 0 ? (int)rc : 0;
+}
+
+/* Follow the chain within the segment in memory, from the volume's head offset. */
+static void follow_segment(struct recovery *recovery, struct volume *volume, uint32_t segment)
+{
+	const struct mp_engine *engine = recovery->engine;
+	uint64_t ordinal = engine->segments[segment].ordinal;
+
+	for (;;) {
+		int64_t length = 0;
+		const struct mp_record *record = record_at(engine, recovery->memory,
+							   volume->head_offset_bytes, &length);
+
+		if (!record || !follows(volume, record, ordinal))
+			return;
+		if (!fault(engine, MP_FAULT_SKIP_DATA_CHECKSUM) &&
+		    mp_record_check_payload(record, (uint64_t)length))
+			return;
+		replay(volume, record, (uint64_t)length, segment);
+	}
+}
+
+/* The segment in which the chain goes on behind its head, or NO_SEGMENT. */
+static uint32_t next_segment(const struct recovery *recovery, const struct volume *volume)
+{
+	const struct mp_engine *engine = recovery->engine;
+	uint32_t i, best = NO_SEGMENT;
+
+	for (i = 0; i < engine->segment_count; i++) {
+		const struct candidate *candidate = &recovery->candidates[i];
+		if (!candidate->valid || engine->segments[i].state == SEGMENT_CHAIN ||
+		    memcmp(candidate->volume, volume->id, sizeof candidate->volume) != 0 ||
+		    candidate->ordinal != volume->head_ordinal + 1 ||
+		    candidate->previous_checksum != volume->head_checksum ||
+		    !incarnation_follows(volume, candidate->incarnation))
+			continue;
+		if (best == NO_SEGMENT ||
+		    candidate->incarnation > recovery->candidates[best].incarnation)
+			best = i;
+	}
+	return best;
+}
+
+static void adopt(struct volume *volume, uint32_t segment)
+{
+	struct mp_engine *engine = volume->engine;
+
+	engine->segments[segment] = (struct segment){.state = SEGMENT_CHAIN,
+						     .next = NO_SEGMENT,
+						     .number = volume->number,
+						     .ordinal = volume->head_ordinal + 1,
+						     .first_sequence = volume->last_sequence + 1};
+	engine->segments_free--;
+	if (volume->head_segment == NO_SEGMENT)
+		volume->tail_segment = segment;
+	else
+		engine->segments[volume->head_segment].next = segment;
+	volume->head_segment = segment;
+	volume->head_ordinal++;
+	volume->head_offset_bytes = 0;
+}
+
+/* Does anything behind the end prove that the chain was synced further than it goes? Records behind the end count
+ * only with a valid header of this volume; stale ones tell of lower sequences. */
+static bool synced_beyond(const struct recovery *recovery, const struct volume *volume,
+			  bool memory_is_head)
+{
+	const struct mp_engine *engine = recovery->engine;
+	uint64_t at, segment_bytes = engine->super.log_segment_bytes;
+	uint32_t i;
+
+	if (volume->synced_sequence > volume->last_sequence)
+		return true;
+	for (i = 0; i < engine->segment_count; i++) {
+		const struct candidate *candidate = &recovery->candidates[i];
+		if (candidate->valid && candidate->ordinal > volume->head_ordinal &&
+		    memcmp(candidate->volume, volume->id, sizeof candidate->volume) == 0 &&
+		    candidate->synced_sequence > volume->last_sequence)
+			return true;
+	}
+	for (at = volume->head_offset_bytes; memory_is_head && at < segment_bytes;
+	     at += MP_BLOCK_BYTES) {
+		int64_t length;
+		const struct mp_record *record = record_at(engine, recovery->memory, at, &length);
+		if (record && memcmp(record->volume, volume->id, sizeof record->volume) == 0 &&
+		    record->synced_sequence > volume->last_sequence)
+			return true;
+	}
+	return false;
+}
+
+/* What lies behind the damage is the operator's: keep those segments from being used again. */
+static void preserve(const struct recovery *recovery, const struct volume *volume)
+{
+	struct mp_engine *engine = recovery->engine;
+	uint32_t i;
+
+	for (i = 0; i < engine->segment_count; i++) {
+		const struct candidate *candidate = &recovery->candidates[i];
+		if (candidate->valid && engine->segments[i].state == SEGMENT_FREE &&
+		    memcmp(candidate->volume, volume->id, sizeof candidate->volume) == 0) {
+			engine->segments[i].state = SEGMENT_WAITING;
+			engine->segments[i].released_serial = UINT64_MAX;
+			engine->segments_free--;
+			engine->segments_waiting++;
+		}
+	}
+}
+
+static int follow_chain(struct recovery *recovery, struct volume *volume)
+{
+	uint32_t segment, next;
+	bool loaded = false;
+	int rc;
+
+	link_chain(recovery, volume);
+	segment = volume->head_segment;
+	if (segment != NO_SEGMENT) {
+		rc = load_segment(recovery, segment);
+		if (rc)
+			return rc;
+		loaded = true;
+		follow_segment(recovery, volume, segment);
+	}
+	while ((next = next_segment(recovery, volume)) != NO_SEGMENT) {
+		rc = load_segment(recovery, next);
+		if (rc)
+			return rc;
+		adopt(volume, next);
+		loaded = true;
+		follow_segment(recovery, volume, next);
+		if (volume->head_offset_bytes == 0)
+			break; /* its first record has a good header and bad data: the end */
+	}
+	if (synced_beyond(recovery, volume, loaded)) {
+		volume->corrupt = true;
+		preserve(recovery, volume);
+		volume_fail(volume, EIO, "the write log is damaged below a synced point; nothing was "
+					 "dropped, restore the device or accept the loss");
+	}
+	return 0;
+}
+
+/* ---- the whole ---- */
+
+static int follow_chains(struct recovery *recovery)
+{
+	struct mp_engine *engine = recovery->engine;
+	uint32_t i;
+	int rc = read_candidates(recovery);
+
+	for (i = 0; i < engine->volume_count && rc == 0; i++) {
+		struct volume *volume = engine->volumes[i];
+		if (!volume)
+			continue;
+		rc = follow_chain(recovery, volume);
+		volume->applied_offset_bytes = volume->head_offset_bytes;
+		volume->applied_checksum = volume->head_checksum;
+		volume->applied_incarnation = volume->head_incarnation;
+		volume->applied_ordinal = volume->head_ordinal;
+	}
+	if (rc)
+		complain(recovery, rc, "the write log cannot be read");
+	return rc;
+}
+
+/* What was found must be durable before anything builds on it; then a new incarnation, before the first append. */
+static int seal_recovery(struct mp_engine *engine)
+{
+	struct mp_cache_super super = engine->super;
+	uint32_t low, i;
+	int64_t rc = mp_driver_sync(engine->driver, 0);
+
+	if (rc < 0)
+		return (int)rc;
+	for (i = 0; i < engine->volume_count; i++) {
+		struct volume *volume = engine->volumes[i];
+		if (volume && !volume->failed) {
+			volume->synced_sequence = volume->applied_sequence;
+			volume->synced_at_ns = engine->now_ns;
+		}
+	}
+	engine->driver->random_bytes(engine->driver->self, &low, sizeof low);
+	super.incarnation = ((super.incarnation >> 32) + 1) << 32 | low;
+	super.clean = 0;
+	rc = super_write(engine->driver, &super, &engine->super_copy);
+	if (rc == 0)
+		engine->super = super;
+	return (int)rc;
+}
+
+int recovery_run(struct mp_engine *engine, char *message, uint64_t message_bytes)
+{
+	struct recovery recovery = {
+		.engine = engine, .message = message, .message_bytes = message_bytes};
+	int rc;
+
+	recovery.candidates = calloc(engine->segment_count, sizeof *recovery.candidates);
+	recovery.memory = aligned_alloc(MP_BLOCK_BYTES, engine->super.log_segment_bytes);
+	rc = recovery.candidates && recovery.memory ? load_checkpoint(&recovery) : -ENOMEM;
+	if (rc == 0)
+		rc = follow_chains(&recovery);
+	if (rc == 0) {
+		rc = seal_recovery(engine);
+		if (rc)
+			complain(&recovery, rc, "the superblock cannot be written");
+	}
+	free(recovery.candidates);
+	free(recovery.memory);
+	return rc;
+}

@@ -1,0 +1,106 @@
+/* sweep.c - take what tombstones hide out of index and slots, in bounded slices; then forget the tombstone.
+ *
+ * A tombstone outlives its sweep: it goes only when index and slots hold nothing older of its range and the store
+ * has applied it. Until then every lookup asks it first, so it does not matter when the sweep gets to run.
+ * Failure modes: none; a crash loses only progress (the log or the checkpoint still has the tombstone).
+ */
+#include "engine_internal.h"
+
+static void index_drop(struct volume *volume, struct index_slot *slot, const struct tombstone *item)
+{
+	uint64_t block = index_block(slot);
+
+	if (index_number(slot) == volume->number && block >= item->first_block &&
+	    block - item->first_block < item->block_count &&
+	    (int32_t)(slot->sequence - (uint32_t)item->sequence) < 0)
+		index_delete(&volume->engine->index, slot);
+}
+
+/* By block or by table slot, whichever walk is shorter. */
+static void sweep_index(struct volume *volume, struct tombstone *item)
+{
+	struct index *index = &volume->engine->index;
+	bool by_block = item->block_count <= index->capacity;
+	uint64_t end = by_block ? item->block_count : index->capacity, stop;
+
+	if (!by_block && item->cursor && item->rebuilds != index->rebuilds)
+		item->cursor = 0;
+	item->rebuilds = index->rebuilds;
+	stop = end - item->cursor > SWEEP_STEPS ? item->cursor + SWEEP_STEPS : end;
+	for (; item->cursor < stop; item->cursor++) {
+		struct index_slot *slot =
+			by_block ? index_find(index, volume->number,
+					      item->first_block + item->cursor)
+				 : &index->slots[item->cursor];
+		if (slot && index_is_live(slot))
+			index_drop(volume, slot, item);
+	}
+	if (item->cursor == end) {
+		item->phase = 1;
+		item->cursor = 0;
+	}
+}
+
+static void sweep_one(struct volume *volume, struct tombstone *item)
+{
+	if (item->phase == 0)
+		sweep_index(volume, item);
+	else
+		item->cursor = mp_slots_sweep(volume->engine->slots, volume->origin,
+					      item->first_block, item->block_count, item->cursor,
+					      SWEEP_STEPS);
+	if (item->cursor == UINT64_MAX)
+		item->phase = 2;
+}
+
+static void forget(struct volume *volume, uint32_t at)
+{
+	struct tombstones *tombstones = &volume->tombstones;
+
+	volume->release_generation++;
+	volume->engine->tombstone_count--;
+	tombstones->count--;
+	memmove(&tombstones->items[at], &tombstones->items[at + 1],
+		(tombstones->count - at) * sizeof tombstones->items[0]);
+}
+
+static void sweep_volume(struct volume *volume)
+{
+	struct tombstones *tombstones = &volume->tombstones;
+	bool dropping = fault(volume->engine, MP_FAULT_DROP_TOMBSTONE);
+	uint32_t i, steps = 4;
+
+	for (i = 0; i < tombstones->count && steps;) {
+		struct tombstone *item = &tombstones->items[i];
+		if (item->phase < 2 && !dropping) {
+			sweep_one(volume, item);
+			steps--;
+		} else if (item->sequence <= volume->destaged_sequence || dropping) {
+			forget(volume, i);
+		} else
+			i++;
+	}
+}
+
+void sweep_step(struct mp_engine *engine)
+{
+	uint32_t i;
+
+	for (i = 0; i < engine->volume_count; i++)
+		if (engine->volumes[i] && engine->volumes[i]->tombstones.count)
+			sweep_volume(engine->volumes[i]);
+}
+
+bool sweep_pending(const struct mp_engine *engine)
+{
+	uint32_t i, j;
+
+	for (i = 0; i < engine->volume_count; i++) {
+		const struct volume *volume = engine->volumes[i];
+		for (j = 0; volume && j < volume->tombstones.count; j++)
+			if (volume->tombstones.items[j].phase < 2 ||
+			    volume->tombstones.items[j].sequence <= volume->destaged_sequence)
+				return true;
+	}
+	return false;
+}
