@@ -22,7 +22,6 @@ SEND_HIGH_BYTES = 4 * MIB  # unsent reply bytes of one connection before we stop
 SEND_LOW_BYTES = 1 * MIB
 TAKE_BYTES = 1 * MIB  # one take from the core
 TAKE_TURN_BYTES = 8 * MIB  # taken for one connection before others get their turn
-READY_MAX = 256  # connections listed by one mp_store_ready call
 
 # Bytes fed to the core and not answered: above high we stop reading, below low we go on. A frame
 # that is still arriving counts, so low must exceed the largest frame or we would wait for ever.

@@ -68,7 +68,7 @@ def test_hello_split_at_every_byte(run: RunTest, tmp_path: Path) -> None:
                 raw.writer.write(stream[cut:])
                 reply = wire.decode_json((await raw.frame()).payload, wire.HelloReply, what="reply")
                 assert reply.wire_version == wire.WIRE_VERSION
-                assert reply.store_id == store.daemon.core.store_id.hex()
+                assert reply.store_id == store.daemon.store_id.hex()
                 assert reply.max_frame_bytes == wire.PAYLOAD_MAX_BYTES
                 await raw.close()
 
