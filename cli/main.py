@@ -11,14 +11,17 @@ from typing import Any
 
 import typer
 
-from millpond.cli import store, volume
+from millpond.cli import cache, status, store, up, volume
 from millpond.cli.run import FAILED, USAGE, CommandError, complain
 from millpond.store.daemon import own_version
 from millpond.store.errors import StoreError
 
 MODULES = (
+    up,
     volume,
     store,
+    cache,
+    status,
 )
 
 # typer vendors or imports click depending on its version; its one public usage error leads there.
