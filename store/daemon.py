@@ -73,6 +73,7 @@ class StoreDaemon:
         """
         addresses = [parse_address(f"unix:{os.path.join(directory, SOCKET_NAME)}")]
         addresses += [parse_address(text) for text in listen]
+        addresses = list(dict.fromkeys(addresses))
         for address in addresses:
             check_exposure(address, insecure_listen=insecure_listen)
         store = OpenStore(

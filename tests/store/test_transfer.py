@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from store_daemon import ME, OTHER, RunTest, running
 
 from millpond.native import ffi
 from millpond.store.errors import Code, StoreError
 from millpond.store.image import ImageReader, ImageWriter
 from millpond.store.transfer import export_image, import_image
+from store_daemon import ME, OTHER, RunTest, running
 
 MIB = 1 << 20
 
