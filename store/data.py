@@ -9,7 +9,7 @@ answered, so a connection costs bounded memory whatever its peer does.
 
 import asyncio
 
-from millpond.native.store import StoreCore
+from millpond.native.store import ProtocolError
 from millpond.store import limits
 from millpond.store.link import CoreLink
 from millpond.store.session import Peer, Session
@@ -18,12 +18,12 @@ from millpond.store.session import Peer, Session
 class DataSession(Session):
     """One fetch or destage connection after its handshake."""
 
-    def __init__(self, peer: Peer, link: CoreLink, core: StoreCore, *, fetch: bool) -> None:
+    def __init__(self, peer: Peer, link: CoreLink, *, fetch: bool) -> None:
         self._peer = peer
         self._link = link
-        self._core = core
         self._high = limits.FETCH_PENDING_HIGH_BYTES if fetch else limits.DESTAGE_PENDING_HIGH_BYTES
         self._low = limits.FETCH_PENDING_LOW_BYTES if fetch else limits.DESTAGE_PENDING_LOW_BYTES
+        self.receive_bytes = limits.FETCH_RECEIVE_BYTES if fetch else limits.RECEIVE_BYTES
         self._writable = True
         self._behind = False  # the core has too much of ours to answer
         self._taking = False
@@ -33,8 +33,10 @@ class DataSession(Session):
     def received(self, data: memoryview) -> None:
         if self._ended:
             return
-        if self._core.feed(self._connection, data) < 0:
-            self._refuse()
+        try:
+            self._link.feed(self._connection, data)
+        except ProtocolError as error:
+            self._refuse(str(error))
             return
         self._regulate()
 
@@ -61,7 +63,7 @@ class DataSession(Session):
         taken_bytes = 0
         self._taking = True
         while self._writable and not self._ended and taken_bytes < limits.TAKE_TURN_BYTES:
-            data = self._core.take(self._connection, limits.TAKE_BYTES)
+            data = self._link.take(self._connection)
             if not data:
                 break
             taken_bytes += len(data)
@@ -75,16 +77,16 @@ class DataSession(Session):
 
     def _regulate(self) -> None:
         """Read from the peer only while the core and the peer keep up."""
-        pending_bytes = self._core.pending_bytes(self._connection)
+        pending_bytes = self._link.pending_bytes(self._connection)
         if pending_bytes > self._high:
             self._behind = True
         elif pending_bytes <= self._low:
             self._behind = False
         self._peer.set_reading(self._writable and not self._behind)
 
-    def _refuse(self) -> None:
+    def _refuse(self, reason: str) -> None:
         last_words = b""
-        while data := self._core.take(self._connection, limits.TAKE_BYTES):
+        while data := self._link.take(self._connection):
             last_words += data
         self.lost()
-        self._peer.refuse(last_words, "the client broke the protocol of its data connection")
+        self._peer.refuse(last_words, reason)
