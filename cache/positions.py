@@ -34,6 +34,11 @@ def check_still_ours(record: VolumeRecord, known: VolumeStatus | None, cache_id:
             f" what this cache has shipped ({known.epoch}, {known.destaged_sequence}): it lost data"
             " or was restored; repair it, or format this cache to accept the older state"
         )
+    if known.has_undestaged and record.applied_sequence > known.last_sequence:
+        raise VolumeRefused(
+            f"the store (sequence {record.applied_sequence}) is ahead of the writes on this device"
+            f" (up to {known.last_sequence}): the device was restored, or is a copy"
+        )
     if not known.has_undestaged or record.open_holder == ours or record.epoch == known.epoch:
         return
     raise VolumeRefused(
@@ -61,4 +66,4 @@ def first_sequence_of(record: VolumeRecord, known: VolumeStatus | None) -> int |
     """Where a new lineage begins: behind what the device still has to ship, else at the store's."""
     if known is None or not known.has_undestaged:
         return None
-    return max(known.last_sequence, record.applied_sequence) + 1
+    return known.last_sequence + 1
