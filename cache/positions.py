@@ -51,12 +51,15 @@ def check_still_ours(record: VolumeRecord, known: VolumeStatus | None, cache_id:
 def slots_are_valid(record: VolumeRecord, known: VolumeStatus | None, cache_id: bytes) -> bool:
     """The device's read slots show the store's image (record: before our open).
 
-    The epoch must not have moved but by us, and the store must stand where the engine knows it.
-    The lineage of the store's position is not compared: one that never shipped a record is not in
-    it, and a guest that only read would find its cache cold.  What the lineage proves, the epoch
-    proves already.
+    The epoch must not have moved but by us, so that every record the store has applied came from
+    this device; and the store must stand within the records that the device knows, the last of
+    which may have been applied without our hearing of it.  The lineage of the store's position is
+    not compared: one that never shipped a record is not in it, and a guest that only read would
+    find its cache cold.  What the lineage proves, the epoch proves already.
     """
-    if known is None or record.applied_sequence != known.destaged_sequence:
+    if known is None:
+        return False
+    if not known.destaged_sequence <= record.applied_sequence <= known.last_sequence:
         return False
     moved_by_us = record.epoch == known.epoch + 1 and record.open_holder == cache_id.hex()
     return record.epoch == known.epoch or moved_by_us
