@@ -9,6 +9,7 @@ enum {
 	CONNECTIONS_MAX = 4096,              /* per shard */
 	NBD_PAYLOAD_MAX = 32 * 1024 * 1024,  /* READ and WRITE; announced in the handshake */
 	NBD_DISCARD_MAX = 64 * 1024 * 1024,  /* an oversized WRITE up to here is read and dropped */
+	CONNECTION_BYTES_MAX = 64 * 1024 * 1024, /* of replies that one connection may hold */
 	REQUESTS_MAX = 1024,                 /* in flight per connection */
 	RECEIVE_BYTES = 128 * 1024,          /* a connection's receive buffer */
 	SLICE_BLOCKS = 64,                   /* a request is cut into slices of this many blocks */

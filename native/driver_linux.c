@@ -247,7 +247,8 @@ static int epoll_sleep(struct mp_linux *linux_driver, struct epoll_event *events
 	return epoll_wait(linux_driver->epoll_fd, events, MP_LINUX_EVENTS, (int)timeout_ms);
 }
 
-static int64_t poll_events(struct mp_linux *linux_driver, int64_t timeout_ns)
+/* Stale: epoll returned, but with nothing for a socket. */
+static int64_t poll_events(struct mp_linux *linux_driver, int64_t timeout_ns, bool *stale)
 {
 	struct epoll_event events[MP_LINUX_EVENTS];
 	int64_t handled = 0;
@@ -264,6 +265,7 @@ static int64_t poll_events(struct mp_linux *linux_driver, int64_t timeout_ns)
 	atomic_store(&linux_driver->sleeping, false);
 	for (int i = 0; i < count; i++)
 		handled += dispatch(linux_driver, &events[i]);
+	*stale = count > 0 && handled == 0;
 	return handled;
 }
 
@@ -294,9 +296,30 @@ static int64_t run_completions(struct mp_linux *linux_driver)
 	return handled;
 }
 
+/* Sleep for the first event. An edge of a completion that was reaped before it could wake anybody
+ * is used up by looking once, and is no reason to return early. */
+static int64_t sleep_for_events(struct mp_linux *linux_driver, int64_t timeout_ns)
+{
+	uint64_t end_ns = timeout_ns > 0 ? linux_now_ns(NULL) + (uint64_t)timeout_ns : 0;
+
+	for (;;) {
+		bool stale = false;
+		int64_t handled = poll_events(linux_driver, timeout_ns, &stale);
+		handled += run_completions(linux_driver);
+		if (handled > 0 || !stale)
+			return handled;
+		uint64_t now_ns = timeout_ns > 0 ? linux_now_ns(NULL) : 0;
+		if (now_ns > 0 && now_ns >= end_ns)
+			return 0;
+		if (now_ns > 0)
+			timeout_ns = (int64_t)(end_ns - now_ns);
+	}
+}
+
 static int64_t linux_wait(void *self, int64_t timeout_ns)
 {
 	struct mp_linux *linux_driver = self;
+	bool stale;
 
 	assert(!linux_driver->in_wait); /* done and on_ready must not wait */
 	linux_driver->in_wait = true;
@@ -307,10 +330,10 @@ static int64_t linux_wait(void *self, int64_t timeout_ns)
 	else if (linux_driver->aio_starved && (timeout_ns < 0 || timeout_ns > STARVED_NS))
 		timeout_ns = STARVED_NS;
 	/* A poll without sockets costs no system call: everything else is in shared memory. */
-	if (timeout_ns != 0 || linux_driver->watched > 0)
-		handled += poll_events(linux_driver, timeout_ns);
 	if (timeout_ns != 0)
-		handled += run_completions(linux_driver);
+		handled += sleep_for_events(linux_driver, timeout_ns);
+	else if (linux_driver->watched > 0)
+		handled += poll_events(linux_driver, 0, &stale);
 	linux_driver->in_wait = false;
 	return handled;
 }

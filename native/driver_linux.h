@@ -16,7 +16,7 @@
 
 enum {
 	MP_LINUX_AIO_DEPTH = 256,    /* in flight in the kernel; the rest waits in a list here */
-	MP_LINUX_AIO_BATCH = 64,     /* per io_submit */
+	MP_LINUX_AIO_BATCH = 8,      /* per io_submit; see README-driver.md for why not 64 */
 	/* open segments; more than can be in flight, so one is always idle */
 	MP_LINUX_FILES = 512,
 	MP_LINUX_FILE_BUCKETS = 256, /* of the table that finds them; a power of two */

@@ -30,7 +30,7 @@ int mp_cache_format(struct mp_driver *driver, const struct mp_cache_format_optio
 		    uint64_t *progress, char *message, uint64_t message_bytes);
 
 struct mp_engine_options {
-	uint64_t buffer_bytes;             /* RAM for requests in flight; default 128 MiB */
+	uint64_t buffer_bytes;             /* RAM for requests in flight; default 256 MiB */
 	uint64_t checkpoint_every_bytes;   /* of log; default 512 MiB */
 	uint64_t poll_ns;                  /* how long to poll before sleeping while requests are in flight */
 	uint64_t test_faults;              /* enum mp_engine_fault; tests only */

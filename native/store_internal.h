@@ -1,0 +1,361 @@
+/* store_internal.h - state of the store's core and what its files ask of one another.
+ *
+ * One reactor thread owns everything; what other threads may touch is behind mutex and marked so.
+ * All functions here: reactor thread only, unless they say otherwise. -EAGAIN: a page is being read;
+ * store->missing is the page to wait for, the caller starts again when it has arrived.
+ */
+#ifndef MILLPOND_STORE_INTERNAL_H
+#define MILLPOND_STORE_INTERNAL_H
+
+#include <assert.h>
+#include <errno.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "record.h"
+#include "store.h"
+#include "store_format.h"
+
+enum {
+	STORE_LEVELS = 8,               /* 9 + 7 * 8 bits of block number: more than 2^64 bytes have */
+	STORE_PAGE_BUCKETS = 16384,
+	STORE_VOLUME_BUCKETS = 4096,
+	STORE_CONNECTION_BUCKETS = 256,
+	STORE_GROUP_TARGET_BYTES = 4 << 20, /* collect requests into a group up to here */
+	STORE_GROUP_MAX_BYTES = 32 << 20,   /* what recovery believes of a data group's length */
+	STORE_META_GROUP_MAX_BYTES = 1 << 30,
+	STORE_GROUPS_IN_FLIGHT = 4,
+	STORE_GROUPS_UNAPPLIED = 16,
+	STORE_READS_IN_FLIGHT = 256,
+	STORE_PUNCHES_IN_FLIGHT = 16,
+	STORE_DEAD_RANGES_MAX = 1 << 20,    /* beyond: left to the removal of whole segments */
+	STORE_GRAVE_PAGES_PER_TURN = 32,
+	STORE_MERGE_GAP_BYTES = 16384       /* device reads this near to one another become one */
+};
+#define STORE_EVIDENCE_NS 50000000ULL       /* idle time before synced_commit is put on record */
+#define STORE_FULL_RETRY_NS 100000000ULL
+#define STORE_SEGMENT_MAX_BYTES (1ULL << 30)
+#define STORE_IN_MEMORY (1ULL << 63)        /* in a place: number of a page that is on no disk yet */
+
+struct mp_store;
+struct store_page;
+
+/* An I/O of the store; embedded in what owns it. */
+struct store_io {
+	struct mp_io io;
+	struct iovec iov;
+	struct mp_store *store;
+	void (*done)(struct store_io *io);
+	void *owner;
+};
+
+struct store_wait {
+	struct store_wait *next;
+	void (*ready)(struct mp_store *store, struct store_wait *wait);
+};
+
+/* CLEAN: equals the disk, may be evicted. DIRTY: newer than any checkpoint. WRITING: frozen by the running
+ * checkpoint; to change it, it is copied. */
+enum store_page_state { STORE_PAGE_LOADING, STORE_PAGE_FAILED, STORE_PAGE_CLEAN, STORE_PAGE_DIRTY,
+	STORE_PAGE_WRITING };
+
+struct store_page {
+	uint64_t place;
+	uint64_t checksum;
+	uint8_t *data;
+	struct store_page *hash_next;
+	struct store_page *newer, *older;  /* clean: by use; dirty: the others of its level */
+	struct mp_page_ref *home;          /* dirty: the reference to it */
+	struct store_wait *waiters;
+	struct store_io *load;
+	struct mp_page_descriptor about;   /* set when dirty */
+	uint8_t state;                     /* enum store_page_state */
+	uint8_t unreferenced;              /* writing: drop it when written */
+	int error;
+};
+
+struct store_tree {
+	struct mp_page_ref root;
+	uint32_t height;                   /* level of the root page */
+	uint32_t leaf_bits;
+	uint8_t volume[16];                /* or zero: extent table of segment */
+	uint64_t segment;
+};
+
+struct store_segment {
+	uint64_t id;
+	uint64_t live_bytes;
+	uint64_t length_bytes;             /* appended */
+	uint64_t capacity_bytes;           /* allocated */
+	uint64_t first_commit;
+	struct store_tree extents;
+	uint32_t extent_count;             /* applied */
+	uint32_t extents_planned;          /* appended */
+	uint32_t readers;                  /* reads in flight: not punched, not removed */
+	uint16_t kind;
+	uint8_t applied;                   /* a group of it was applied: belongs into checkpoints */
+	uint8_t sealed;
+	uint8_t created;                   /* its file exists */
+};
+
+struct store_volume {
+	struct store_volume *next;
+	struct mp_volume_state state;      /* durable and applied; any thread under mutex */
+	struct mp_volume_state admitted;   /* with everything that is in the log behind it */
+	struct store_tree map;
+	uint64_t stored_bytes;             /* any thread, relaxed atomic */
+	uint8_t visible;                   /* its first VOLUME record is durable; under mutex */
+	uint8_t deleted;                   /* admitted */
+};
+
+struct store_chunk {                       /* bytes to send */
+	struct store_chunk *next;
+	uint64_t length_bytes, taken_bytes;
+	_Alignas(16) uint8_t bytes[];
+};
+
+struct store_connection {                  /* under mutex, but for assembly: the feeding thread */
+	struct store_connection *next, *ready_next;
+	uint64_t id;
+	uint64_t references;               /* table and requests */
+	uint64_t pending_bytes;
+	struct store_chunk *out, *out_last;
+	struct store_request *request;     /* being assembled */
+	uint64_t have_bytes;
+	uint8_t head[MP_FRAME_HEADER_BYTES];
+	uint8_t broken, gone, is_ready;
+};
+
+struct store_batch {                       /* what admission needs to know of a batch */
+	const uint8_t *volume;
+	uint64_t first_sequence, last_sequence, epoch, lineage, end_block;
+	uint32_t data_extents;
+};
+
+/* A frame being worked on. buffer is 4 KiB aligned and laid out so that it can become a group: frame header at
+ * 64, payload at MP_GROUP_HEADER_BYTES, room for padding behind. */
+struct store_request {
+	struct store_request *next;
+	struct store_connection *connection;
+	uint8_t *buffer;
+	struct mp_frame frame;
+	struct store_batch batch;
+	struct mp_volume_state volume;     /* PUT_VOLUME: as logged */
+	uint32_t status;                   /* refused on sight, or how it went */
+};
+
+struct store_queue { struct store_request *head, *tail; uint64_t bytes; };
+
+enum store_group_state { STORE_GROUP_WRITING, STORE_GROUP_WRITTEN };
+
+struct store_group {
+	struct store_group *next;
+	uint8_t *buffer;
+	struct store_segment *segment;
+	struct store_queue requests;       /* answered when it was applied */
+	uint64_t length_bytes, offset_bytes, commit, checksum;
+	uint64_t apply_offset;             /* of the next record to apply; 0: none yet */
+	uint32_t record_count;
+	uint8_t state, in_request;         /* in_request: buffer belongs to the first request */
+	struct store_io io;
+};
+
+struct store_position { uint64_t segment, offset_bytes, commit, checksum, incarnation; };
+
+struct store_range { uint64_t segment; uint32_t offset_bytes, length_bytes; };
+struct store_ranges { struct store_range *items; uint64_t count, capacity; };
+
+struct store_grave {
+	struct store_grave *next;
+	struct mp_page_ref root;
+	uint32_t level, kind;
+};
+
+struct store_checkpoint;
+
+struct mp_store {
+	struct mp_driver *driver;
+	struct mp_store_options options;
+	struct mp_store_super super;
+	uint32_t super_copy;               /* written last */
+	struct mp_store_counters counters;
+	uint64_t ios_in_flight;
+	uint8_t recovering;                /* pages are read blocking */
+	uint8_t world_ended, winding_down;
+	int failure;
+	uint64_t turn_ns;
+
+	/* pages.c */
+	struct store_page *pages[STORE_PAGE_BUCKETS];
+	struct store_page *newest, *oldest;
+	struct store_page *dirty[STORE_LEVELS];
+	struct store_page *missing;
+	uint64_t clean_pages, dirty_pages, writing_pages, clean_limit, dirty_limit, page_number;
+
+	/* storesegment.c: ascending by id */
+	struct store_segment **segments;
+	uint64_t segment_count, segment_capacity, next_segment;
+	struct store_segment *active, *active_meta, *spare, *spare_meta, *opening;
+	uint64_t opening_bytes;
+	struct store_io opening_io;
+	uint64_t full_until_ns;
+	struct store_segment **removable;  /* in no checkpoint any more; files still there */
+	uint64_t removable_count, removable_capacity;
+	struct store_ranges dead, dying, punchable; /* since the freeze, in it, in a durable one */
+	uint64_t punch_next;
+	struct store_io punch[STORE_PUNCHES_IN_FLIGHT];
+	uint32_t punches;
+	struct store_io remove_io;
+	uint8_t removing;
+
+	/* storelog.c, storeapply.c */
+	struct store_queue queue;          /* checked, not admitted */
+	struct store_group *groups, *groups_last;       /* appended, not durable */
+	struct store_group *durable, *durable_last;     /* to be applied */
+	uint32_t groups_writing, groups_unapplied;
+	struct store_position position;    /* of the next group */
+	struct store_position applied;     /* behind the last applied group */
+	uint64_t synced_commit, evidence_commit, evidence_due_ns, log_bytes;
+	struct store_io sync_io;
+	uint64_t sync_commit;
+	uint8_t syncing;
+	struct store_wait apply_wait;
+	uint8_t apply_blocked;
+
+	struct store_volume *volumes[STORE_VOLUME_BUCKETS]; /* links and states: under mutex */
+	uint8_t (*origins)[16];
+	uint64_t origin_count, origin_capacity;
+
+	/* storegrave.c */
+	struct store_grave *graves;
+	uint64_t grave_count;
+	struct store_wait grave_wait;
+	uint8_t grave_blocked;
+
+	struct store_read *reads;
+	struct store_queue reads_waiting;
+	uint32_t reads_in_flight;
+	struct store_checkpoint *checkpoint; /* running */
+	struct store_queue checkpoint_requests;
+	uint64_t checkpoint_log_bytes;     /* log_bytes at the last freeze */
+	uint8_t final_checkpoint;          /* 0, 1 wanted, 2 done */
+
+	pthread_mutex_t mutex;             /* below: any thread */
+	pthread_t thread;
+	uint8_t started, stopping, stopped;
+	struct store_queue inbox;
+	struct store_connection *connections[STORE_CONNECTION_BUCKETS];
+	struct store_connection *ready, *ready_last;
+	struct mp_store_counters published;
+	char failure_message[256];
+};
+
+static inline uint64_t store_align(uint64_t value, uint64_t alignment)
+{
+	return (value + alignment - 1) / alignment * alignment;
+}
+
+static inline int store_fault(const struct mp_store *store, uint64_t fault)
+{
+	return (store->options.test_faults & fault) != 0;
+}
+
+/* store.c. Memory: never NULL, zeroed; running out of it ends the process. */
+void *store_allocate(uint64_t length_bytes);
+void *store_allocate_aligned(uint64_t length_bytes); /* not zeroed */
+void *store_grow(void *array, uint64_t *capacity, uint64_t needed, uint64_t item_bytes);
+void store_submit(struct mp_store *store, struct store_io *io, uint32_t op, uint64_t file,
+		  uint64_t offset_bytes, void *buffer, uint64_t length_bytes);
+void store_fail(struct mp_store *store, int error, const char *what, uint64_t file, uint64_t offset_bytes);
+void store_queue_push(struct store_queue *queue, struct store_request *request);
+struct store_request *store_queue_pop(struct store_queue *queue);
+struct store_volume *store_volume_find(struct mp_store *store, const uint8_t *id);
+struct store_volume *store_volume_add(struct mp_store *store, const uint8_t *id);
+void store_volume_remove(struct mp_store *store, struct store_volume *volume);
+void store_dispatch(struct mp_store *store);
+int store_recover(struct mp_store *store, char *message, uint64_t message_bytes); /* storerecover.c */
+
+/* storeconnection.c */
+struct store_chunk *store_reply_start(const struct store_request *request, uint64_t payload_bytes,
+				      uint64_t checked_bytes, uint32_t status, uint8_t **payload);
+void store_reply_finish(struct mp_store *store, struct store_request *request, struct store_chunk *chunk);
+void store_reply(struct mp_store *store, struct store_request *request, uint32_t status);
+void store_connections_free(struct mp_store *store);
+void store_request_free(struct mp_store *store, struct store_request *request);
+
+/* pages.c */
+int store_page_get(struct mp_store *store, const struct mp_page_ref *ref, struct store_page **page);
+struct store_page *store_page_new(struct mp_store *store, struct mp_page_ref *home,
+				  const struct mp_page_descriptor *about);
+struct store_page *store_page_dirty(struct mp_store *store, struct store_page *page,
+				    struct mp_page_ref *home, const struct mp_page_descriptor *about);
+void store_page_release(struct mp_store *store, const struct mp_page_ref *ref);
+void store_page_wait(struct mp_store *store, struct store_wait *wait); /* for store->missing */
+void store_page_freeze(struct mp_store *store, struct store_page *page, uint64_t place);
+void store_page_written(struct mp_store *store, struct store_page *page);
+void store_pages_trim(struct mp_store *store);
+void store_pages_free(struct mp_store *store);
+
+/* map.c */
+enum store_walk { STORE_LOOK, STORE_DIRTY, STORE_CREATE };
+int store_tree_leaf(struct mp_store *store, struct store_tree *tree, uint64_t key, enum store_walk how,
+		    uint8_t **leaf); /* 0 and NULL: a hole */
+void store_tree_grow(struct mp_store *store, struct store_tree *tree, uint64_t keys);
+int store_extent_get(struct mp_store *store, uint64_t address, enum store_walk how,
+		     struct mp_extent_entry **entry);
+void store_extent_kill(struct mp_store *store, struct store_volume *volume, uint64_t address);
+/* Trim and zero: prepare until it returns 0, then clear in the same turn. */
+int store_map_clear(struct mp_store *store, struct store_volume *volume, uint64_t first_block,
+		    uint64_t end_block, int prepare);
+
+/* storeadmit.c */
+uint32_t store_batch_check(struct mp_store *store, const uint8_t *bytes, uint64_t length_bytes,
+			   struct store_batch *batch);
+uint32_t store_admission(struct mp_store *store, struct store_request *request); /* changes nothing */
+void store_admit(struct mp_store *store, struct store_request *request);
+
+/* storesegment.c */
+struct store_segment *store_segment_find(struct mp_store *store, uint64_t id);
+struct store_segment *store_segment_add(struct mp_store *store, uint64_t id, uint32_t kind);
+void store_segment_insert(struct mp_store *store, struct store_segment *segment);
+int store_segment_want(struct mp_store *store, uint32_t kind, uint64_t bytes); /* -ENOSPC: full for now */
+void store_segment_seal(struct mp_store *store, struct store_segment *segment);
+void store_segment_drop_dead(struct mp_store *store); /* at freeze: what the checkpoint leaves out */
+void store_dead_range(struct mp_store *store, uint64_t segment, uint64_t offset_bytes, uint64_t length_bytes);
+void store_ranges_release(struct mp_store *store, struct store_ranges *from);
+void store_reclaim(struct mp_store *store);   /* punch and remove what may be */
+int store_reclaiming(const struct mp_store *store);
+void store_segments_free(struct mp_store *store);
+
+/* storelog.c */
+void store_log_advance(struct mp_store *store);
+int store_log_idle(const struct mp_store *store);
+uint64_t store_group_seal(struct mp_group *group, uint32_t kind);
+int store_group_check(const struct mp_group *header, uint64_t segment, uint64_t offset_bytes);
+void store_group_free(struct mp_store *store, struct store_group *group);
+void store_log_free(struct mp_store *store);
+
+/* storeapply.c: 1 when the group is applied as a whole, 0 when pages are missing, -errno. */
+int store_apply_group(struct mp_store *store, struct store_group *group);
+void store_apply_advance(struct mp_store *store);
+
+/* storegrave.c */
+void store_bury(struct mp_store *store, const struct mp_page_ref *root, uint32_t level, uint32_t kind);
+void store_graves_advance(struct mp_store *store);
+
+/* storecheckpoint.c, storesuper.c */
+void store_checkpoint_advance(struct mp_store *store);
+void store_checkpoint_free(struct mp_store *store);
+uint8_t *store_checkpoint_encode(struct mp_store *store, uint64_t *length_bytes);
+int store_checkpoint_load(struct mp_store *store, char *message, uint64_t message_bytes);
+void store_super_seal(struct mp_store_super *super);
+int store_super_load(struct mp_store *store, char *message, uint64_t message_bytes);
+int64_t store_super_write(struct mp_store *store); /* both copies, blocking: recovery only */
+
+/* storeread.c */
+void store_read_start(struct mp_store *store, struct store_request *request);
+void store_reads_advance(struct mp_store *store);
+void store_reads_free(struct mp_store *store);
+
+#endif
