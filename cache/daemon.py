@@ -30,6 +30,7 @@ from millpond.native.engine import (
     Engine,
     EngineFailed,
     EngineOptions,
+    LinkBroken,
     NeedDirty,
     VolumeFailed,
 )
@@ -114,6 +115,8 @@ class CacheDaemon:
     def pump(self) -> None:
         """The engine has events or frames for us; an exception in here is ours and ends us."""
         try:
+            if self._notify_fd is not None:
+                self.engine.clear_notification()
             self.events.pump()
             for node in self.nodes:
                 node.fetch.pump()
@@ -215,7 +218,12 @@ class CacheDaemon:
             ),
         )
         self.events.on(ConnectionClosed, self._on_connection_closed)
+        self.events.on(LinkBroken, self._on_link_broken)
         self.events.on(EngineFailed, lambda event: self._fail(f"engine: {event.message}"))
+
+    def _on_link_broken(self, event: LinkBroken) -> None:
+        for node in self.nodes:
+            node.fetch.broken(event.message)
 
     def _on_connection_closed(self, event: ConnectionClosed) -> None:
         volume = self._connections.pop(event.cookie, None)

@@ -100,7 +100,7 @@ class DestageStream(Stream):
     async def ship(self, frame: bytearray, shaper: Shaper) -> BatchReply:
         """Send one batch within the rates and wait for its answer.  StoreAway: send it again.
 
-        frame belongs to the connection from here: take it anew for another attempt.
+        frame belongs to the connection from here: another attempt takes a copy.
         """
         await self._is_up.wait()
         if len(frame) > shaper.largest_bytes:
@@ -277,6 +277,9 @@ class VolumeDestage:
                     return None
                 await self._wait_ready(resync.next_s())  # the cut started a sync
                 continue
+            if batch.status == -errno.EBUSY:  # a cut that a cancelled task asked for still runs
+                await resync.wait()
+                continue
             raise VolumeRefused(batch.message or f"the write log cannot be read: {batch.status}")
 
     async def _ask_to_cut(self) -> Batch:
@@ -290,18 +293,15 @@ class VolumeDestage:
 
     async def _ship(self, batch: Batch) -> bool:
         """Send until applied: True.  False: cut it again."""
+        frame = self._engine.take_batch(self._id, batch.bytes_count)
         backoff = Backoff()
         while True:
             try:
-                replies = [
-                    await stream.ship(
-                        self._engine.take_batch(self._id, batch.bytes_count), self._shaper
-                    )
-                    for stream in self._streams
-                ]
+                replies = [await stream.ship(frame, self._shaper) for stream in self._streams]
             except StoreAway as error:
                 self._delayed(str(error), backoff)
                 await backoff.wait()
+                frame = bytearray(frame)  # the connection that is gone may still hold the other
                 continue
             worst = max(replies, key=lambda reply: reply.status)
             if worst.status == lib.MP_STATUS_OK:
@@ -315,6 +315,7 @@ class VolumeDestage:
                 raise _stop(worst)
             self._delayed(f"the store answers {worst.status_name}", backoff)
             await backoff.wait()
+            frame = bytearray(frame)
 
     def _applied(self, batch: Batch, replies: Sequence[BatchReply]) -> bool:
         """Every in-sync store has it durably: the log may forget it."""

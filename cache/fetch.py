@@ -6,7 +6,8 @@ they hold, and makes no object per request.
 Happy path: notification -> pump -> take_fetch -> write; reply bytes -> feed_fetch, straight from
 the connection's receive buffer.
 Failure modes: connection lost: the engine keeps what is outstanding and sends it again after the
-next `link up`; the store broke the protocol (feed says so): the connection is dropped, counted.
+next `link up`; a malformed or damaged reply (LinkBroken): the connection is dropped, counted, and
+what is outstanding is asked for again on a new one.
 """
 
 import asyncio
@@ -32,8 +33,7 @@ class FetchStream(Stream):
         self._draining: asyncio.Task[None] | None = None
 
     def up(self) -> None:
-        self._engine.link(self._replica, up=True)
-        self.pump()
+        self._engine.link(self._replica, up=True)  # its frames come with the next notification
 
     def down(self, reason: str) -> None:
         if self._draining is not None:
@@ -46,9 +46,12 @@ class FetchStream(Stream):
         if self._link is None:
             return  # given up already: the engine must not see bytes of two connections
         if not self._engine.feed_fetch(self._replica, data):
-            self.protocol_errors += 1
             raise ProtocolError(f"the store at {self.address} sent a malformed READ_REPLY")
-        self.pump()  # a reply makes room for requests that waited
+
+    def broken(self, reason: str) -> None:
+        """The engine cannot make sense of the replies."""
+        self.protocol_errors += 1
+        self.drop(reason)
 
     def pump(self) -> None:
         """Send what the engine wants fetched, as far as the connection takes it."""

@@ -34,6 +34,11 @@ def check_still_ours(record: VolumeRecord, known: VolumeStatus | None, cache_id:
             f" what this cache has shipped ({known.epoch}, {known.destaged_sequence}): it lost data"
             " or was restored; repair it, or format this cache to accept the older state"
         )
+    if known.has_undestaged and record.applied_sequence > known.last_sequence:
+        raise VolumeRefused(
+            f"the store (sequence {record.applied_sequence}) is ahead of the writes on this device"
+            f" (up to {known.last_sequence}): the device was restored, or is a copy"
+        )
     if not known.has_undestaged or record.open_holder == ours or record.epoch == known.epoch:
         return
     raise VolumeRefused(
@@ -46,12 +51,15 @@ def check_still_ours(record: VolumeRecord, known: VolumeStatus | None, cache_id:
 def slots_are_valid(record: VolumeRecord, known: VolumeStatus | None, cache_id: bytes) -> bool:
     """The device's read slots show the store's image (record: before our open).
 
-    The epoch must not have moved but by us, and the store must stand where the engine knows it.
-    The lineage of the store's position is not compared: one that never shipped a record is not in
-    it, and a guest that only read would find its cache cold.  What the lineage proves, the epoch
-    proves already.
+    The epoch must not have moved but by us, so that every record the store has applied came from
+    this device; and the store must stand within the records that the device knows, the last of
+    which may have been applied without our hearing of it.  The lineage of the store's position is
+    not compared: one that never shipped a record is not in it, and a guest that only read would
+    find its cache cold.  What the lineage proves, the epoch proves already.
     """
-    if known is None or record.applied_sequence != known.destaged_sequence:
+    if known is None:
+        return False
+    if not known.destaged_sequence <= record.applied_sequence <= known.last_sequence:
         return False
     moved_by_us = record.epoch == known.epoch + 1 and record.open_holder == cache_id.hex()
     return record.epoch == known.epoch or moved_by_us
@@ -61,4 +69,4 @@ def first_sequence_of(record: VolumeRecord, known: VolumeStatus | None) -> int |
     """Where a new lineage begins: behind what the device still has to ship, else at the store's."""
     if known is None or not known.has_undestaged:
         return None
-    return max(known.last_sequence, record.applied_sequence) + 1
+    return known.last_sequence + 1

@@ -9,13 +9,14 @@ Rules:
 * dirty: the stores first, the engine second (it acknowledges nothing before); the other way round
   when it is taken off the record.
 * giving back: the engine first, the stores second.
-* a call whose outcome is unknown is repeated where repeating is harmless.  Taking "dirty" off the
-  record is not: the lost call could arrive after we have put it on again.  A new epoch makes sure
-  that it cannot (_renew).
+* a call whose outcome is unknown is repeated; when it was to take "dirty" off the record, "dirty"
+  is put on again instead, which is right whatever happened.
 """
 
 import asyncio
+import errno
 import logging
+import os
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -100,6 +101,9 @@ class Volume:
         self._stopping = False
         self._idle_timer: asyncio.TimerHandle | None = None
         self._destage_task: asyncio.Task[None] | None = None
+        self._closed_epoch: int | None = (
+            None  # given back under this epoch, with everything shipped
+        )
         self._not_open = asyncio.Event()
         self._not_open.set()
 
@@ -264,16 +268,35 @@ class Volume:
                 )
             except VolumeFenced:
                 continue  # somebody was faster, perhaps an earlier attempt of ours: look again
+            undestaged = known is not None and known.has_undestaged
+            if undestaged and after.dirty_holder != cache_id.hex():
+                # The engine takes it for recorded when it finds such records: make it true first.
+                after = await self._replicas.record_dirty(after, cache_id=cache_id, dirty=True)
             return Opening(
                 record=after,
                 lineage=lineage,
-                keep_slots=slots_are_valid(before, known, cache_id),
-                undestaged=known is not None and known.has_undestaged,
+                keep_slots=self._closed_epoch == before.epoch
+                or slots_are_valid(before, known, cache_id),
+                undestaged=undestaged,
             )
         raise VolumeBusy("other caches keep opening the volume; try again")
 
     async def _open_at_engine(self, opening: Opening) -> str:
-        """Tell the engine; returns why it refuses, or nothing."""
+        """Tell the engine; returns why it refuses, or nothing.
+
+        It is busy while anything of the volume, or any fetch, is under way: then again.
+        """
+        backoff = Backoff(limits.ENGINE_BUSY_FIRST_S, limits.ENGINE_BUSY_MAX_S)
+        give_up_s = asyncio.get_running_loop().time() + limits.OPEN_WAIT_S
+        while True:
+            status, message = await self._ask_to_open(opening)
+            if status == 0:
+                return ""
+            if status != -errno.EBUSY or asyncio.get_running_loop().time() > give_up_s:
+                return message or f"the engine refuses: {os.strerror(abs(status))}"
+            await backoff.wait()
+
+    async def _ask_to_open(self, opening: Opening) -> tuple[int, str]:
         world, record = self._world, opening.record
         cookie = world.events.new_cookie()
         try:
@@ -291,8 +314,8 @@ class Volume:
                 ),
             )
         except NativeError as error:
-            return str(error)
-        return "" if answer.status == 0 else answer.message or f"engine error {answer.status}"
+            return -(error.errno or errno.EIO), str(error)
+        return answer.status, answer.message
 
     def _after_open(self, opening: Opening) -> None:
         """Bring "dirty" and destage to where the stores and the device are."""
@@ -305,13 +328,11 @@ class Volume:
             opening.keep_slots,
             opening.undestaged,
         )
-        self.dirty_recorded = record.dirty_holder == self._world.cache_id.hex()
-        if self.dirty_recorded:
-            self._world.engine.dirty_recorded(self.id, True)
+        if record.dirty_holder == self._world.cache_id.hex():
+            self._told_dirty()
         if opening.undestaged:
             assert self.destage is not None
             self.destage.ready()
-            self.need_dirty()  # unless it is on record: then this does nothing
 
     def _start_destage(self, name: str) -> None:
         world = self._world
@@ -337,22 +358,30 @@ class Volume:
 
     async def _record_dirty(self) -> None:
         """The stores first; only then may the engine acknowledge what only we have."""
-        backoff = Backoff()
         async with self._lock:
-            while self.state is State.OPEN and not self.dirty_recorded:
-                assert self.record is not None
-                try:
-                    self.record = await self._replicas.record_dirty(
-                        self.record, cache_id=self._world.cache_id, dirty=True
-                    )
-                except StoreAway as error:
-                    self._wait_note(error, backoff)
-                    await backoff.wait()
-                except CacheError as error:
-                    self.fail(str(error))
-                else:
-                    self.dirty_recorded = True
-                    self._world.engine.dirty_recorded(self.id, True)
+            await self._put_dirty()
+
+    async def _put_dirty(self) -> None:
+        """Lock held."""
+        backoff = Backoff()
+        while self.state is State.OPEN and not self.dirty_recorded:
+            assert self.record is not None
+            try:
+                self.record = await self._replicas.record_dirty(
+                    self.record, cache_id=self._world.cache_id, dirty=True
+                )
+            except StoreAway as error:
+                self._wait_note(error, backoff)
+                await backoff.wait()
+            except CacheError as error:
+                self.fail(str(error))
+            else:
+                self._told_dirty()
+
+    def _told_dirty(self) -> None:
+        """It is on the record of every in-sync store."""
+        self.dirty_recorded = True
+        self._world.engine.dirty_recorded(self.id, True)
 
     async def _clear_at_engine(self) -> bool:
         """From True on the engine acknowledges no mutation before it has asked for "dirty"."""
@@ -376,32 +405,9 @@ class Volume:
             )
         except StoreAway as error:
             log.warning("unknown outcome volume=%s reason=%s", self.label, escaped(str(error)))
-            await self._renew()
+            await self._put_dirty()
         except CacheError as error:
             self.fail(str(error))
-
-    async def _renew(self) -> None:
-        """A new epoch, so that no lost call of the old one can take effect.  Lock held."""
-        await self._end_destage()  # a batch of the old epoch would be refused as a stranger's
-        backoff = Backoff()
-        while self.state is State.OPEN:
-            try:
-                opening = await self._open_at_stores()
-            except StoreAway as error:
-                self._wait_note(error, backoff)
-                await backoff.wait()
-                continue
-            except CacheError as error:
-                self.fail(str(error))
-                return
-            self.record = opening.record
-            refusal = await self._open_at_engine(opening)
-            if refusal:
-                self.fail(refusal)
-                return
-            self._start_destage(opening.record.name)
-            self._after_open(opening)
-            return
 
     def _wait_note(self, error: StoreAway, backoff: Backoff) -> None:
         if backoff.is_first:
@@ -453,19 +459,21 @@ class Volume:
             return
         if not await self._close_at_engine():
             if was_recorded:  # the stores still have it on record
-                self.dirty_recorded = True
-                self._world.engine.dirty_recorded(self.id, True)
+                self._told_dirty()
             self._stay_open()
             return
         await self._end_destage()
         if self.state is State.CLOSING:
             self.state = State.CLOSED
+            self._closed_epoch = self.record.epoch
         await self._tell_closed(self.record)
         self._not_open.set()
 
     def _stay_open(self) -> None:
+        """Something came in between: try again later."""
         if self.state is State.CLOSING:
             self.state = State.OPEN
+            self._arm_idle()
 
     async def _close_at_engine(self) -> bool:
         world = self._world

@@ -20,7 +20,7 @@ from millpond.cli.output import (
 from millpond.cli.run import USAGE, CommandError, run
 from millpond.store.catalogue import new_id
 from millpond.store.client import StoreClient
-from millpond.store.daemon import SOCKET_NAME
+from millpond.store.directory import SOCKET_NAME
 from millpond.store.errors import Code, StoreError
 from millpond.store.transfer import export_image, import_image
 

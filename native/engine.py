@@ -3,8 +3,9 @@
 No logic.  Every method is "any thread" and does not block, except `open`, `format_device`, `stop`
 (which joins the engine's thread) and `free`.  Ids are 16 raw bytes; -errno becomes NativeError.
 
-Happy path: `Engine.open(fd)`, `start()`, watch `notify_fd()`, and on each notification `events()`
-plus whatever `fetch_pending` says; `request_stop()`, the Stopped event, `stop()`, `free()`.
+Happy path: `Engine.open(fd)`, `start()`, watch `notify_fd()`, and on each notification
+`clear_notification()`, `events()`, and whatever `fetch_pending` says; `request_stop()`, the Stopped
+event, `stop()`, `free()`.
 
 Failure modes: `open` raises NativeError with the engine's one-line message and closes nothing that
 it does not own; a method on a freed engine is our own bug (assert).
@@ -12,6 +13,7 @@ it does not own; a method on a freed engine is our own bug (assert).
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -19,7 +21,8 @@ from millpond.native import ffi, lib
 
 MESSAGE_BYTES = 512
 EVENTS_PER_CALL = 64
-TAKE_FETCH_BYTES = 1024 * 1024
+# Whole READ frames: what a link that goes away leaves behind never ends within one.
+TAKE_FETCH_BYTES = 8192 * (ffi.sizeof("struct mp_frame") + ffi.sizeof("struct mp_read_request"))
 VOLUMES_FIRST_GUESS = 64
 
 Buffer = bytes | bytearray | memoryview
@@ -141,6 +144,10 @@ class EngineFailed(Event):
     """The shard is lost until restart."""
 
 
+class LinkBroken(Event):
+    """A reply of a store is malformed: give that connection up and make a new one."""
+
+
 class Stopped(Event):
     """The engine has written its clean checkpoint."""
 
@@ -156,6 +163,7 @@ _EVENTS: dict[int, type[Event]] = {
     lib.MP_EVENT_VOLUME_FAILED: VolumeFailed,
     lib.MP_EVENT_ENGINE_FAILED: EngineFailed,
     lib.MP_EVENT_STOPPED: Stopped,
+    lib.MP_EVENT_LINK_BROKEN: LinkBroken,
 }
 
 
@@ -244,6 +252,11 @@ class Engine:
     def notify_fd(self) -> int:
         """The eventfd to watch (real driver only); the driver owns it."""
         return _check(lib.mp_driver_linux_notify_fd(self._driver), "notify descriptor")
+
+    def clear_notification(self) -> None:
+        """Before draining: what comes during the drain notifies again."""
+        with suppress(BlockingIOError):
+            os.eventfd_read(self.notify_fd())
 
     def start(self) -> None:
         """Run the reactor in its own thread."""
@@ -347,7 +360,7 @@ class Engine:
         _check(lib.mp_engine_cut(self._engine, volume, max_bytes, cookie), "cut of a batch")
 
     def take_batch(self, volume: bytes, bytes_count: int) -> bytearray:
-        """The frame of the batch that was cut, whole; repeatable until the next cut."""
+        """The frame of the batch that was cut, whole.  Once: keep it until it is applied."""
         frame = bytearray(bytes_count)
         taken = _check(
             lib.mp_engine_take_batch(self._engine, volume, ffi.from_buffer(frame), bytes_count),
@@ -384,7 +397,7 @@ class Engine:
         _check(lib.mp_engine_link(self._engine, replica, int(up)), "link state")
 
     def events(self) -> Iterator[Event]:
-        """Drain: clears the notification."""
+        """Drain."""
         while True:
             count = _check(
                 lib.mp_engine_events(self._engine, self._events, EVENTS_PER_CALL), "events"

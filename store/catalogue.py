@@ -18,11 +18,14 @@ from collections.abc import Callable
 from typing import Protocol
 from weakref import WeakValueDictionary
 
+from millpond.native import lib
+from millpond.native.store import NO_ID, Lineage, VolumeState
 from millpond.store import limits, wire
 from millpond.store.errors import Code, StoreError, one_line
-from millpond.store.volume import LINEAGE_MAX, LINEAGES_MAX, NOBODY, VolumeState
 
-BLOCK_BYTES = 4096
+BLOCK_BYTES: int = lib.MP_BLOCK_BYTES
+LINEAGES_MAX: int = lib.MP_LINEAGES
+LINEAGE_MAX = 2**64 - 1
 
 
 class CatalogueCore(Protocol):
@@ -31,10 +34,10 @@ class CatalogueCore(Protocol):
     async def request(self, frame_type: int, payload: bytes) -> wire.Frame:
         """One frame on connection 0 and its reply."""
 
-    def get_volume(self, volume_id: bytes) -> bytes | None:
-        """Committed state (struct mp_volume_state), None when unknown."""
+    def volume(self, volume_id: bytes) -> VolumeState | None:
+        """Committed state, None when unknown."""
 
-    def list_volumes(self) -> list[bytes]:
+    def volumes(self) -> list[VolumeState]:
         """Committed states of all volumes."""
 
 
@@ -42,7 +45,7 @@ def new_id() -> bytes:
     """A random 128-bit volume id, never reused: the one door for this randomness."""
     while True:
         volume_id = secrets.token_bytes(16)
-        if volume_id != NOBODY:
+        if volume_id != NO_ID:
             return volume_id
 
 
@@ -82,22 +85,21 @@ class Catalogue:
         self._make_id = make_id
         self._locks: WeakValueDictionary[bytes, asyncio.Lock] = WeakValueDictionary()
         self._ids_by_name: dict[str, bytes] = {}
-        for raw in core.list_volumes():
-            state = VolumeState(raw)
+        for state in core.volumes():
             self._ids_by_name[state.name] = state.id
 
     # -- reading
 
     def list(self) -> list[VolumeState]:
         """Every volume, by name."""
-        return sorted(map(VolumeState, self._core.list_volumes()), key=lambda state: state.name)
+        return sorted(self._core.volumes(), key=lambda state: state.name)
 
     def get(self, volume_id: bytes) -> VolumeState:
         """The committed state of a volume."""
-        raw = self._core.get_volume(volume_id)
-        if raw is None:
+        state = self._core.volume(volume_id)
+        if state is None:
             raise StoreError(Code.NOT_FOUND, f"no volume with id {volume_id.hex()}")
-        return VolumeState(raw)
+        return state
 
     def find(self, *, name: str | None, volume_id: bytes | None) -> VolumeState:
         """A volume by name or by id, exactly one of them."""
@@ -107,10 +109,10 @@ class Catalogue:
             return self.get(volume_id)
         assert name is not None
         known = self._ids_by_name.get(name)
-        raw = self._core.get_volume(known) if known is not None else None
-        if raw is None:
+        state = self._core.volume(known) if known is not None else None
+        if state is None:
             raise StoreError(Code.NOT_FOUND, f"no volume named {_quote(name)}")
-        return VolumeState(raw)
+        return state
 
     # -- changing
 
@@ -128,10 +130,10 @@ class Catalogue:
         # Taken before the first await: of two creations of one name, one is too late.
         self._ids_by_name[name] = volume_id
         try:
-            state = VolumeState.new(volume_id, name=name, size_bytes=size_bytes)
+            state = VolumeState(id=volume_id, name=name, size_bytes=size_bytes)
             return await self._put(state)
         except BaseException:
-            if self._core.get_volume(volume_id) is None:
+            if self._core.volume(volume_id) is None:
                 del self._ids_by_name[name]
             raise
 
@@ -154,17 +156,17 @@ class Catalogue:
             _check_epoch(state, expected_epoch)
             if not accept_loss:
                 _check_not_held(state, cache_id)
-            if any(known == lineage for known, _ in state.lineages):
+            if any(known.id == lineage for known in state.lineages):
                 raise StoreError(
                     Code.INVALID,
                     f"lineage {lineage} of volume {_quote(state.name)} was used before; every"
                     " writable open takes a new one",
                 )
             keeps_dirty = state.dirty_holder == cache_id
-            wanted = state.edit(
+            wanted = state.with_changes(
                 epoch=state.epoch + 1,
                 open_holder=cache_id,
-                dirty_holder=cache_id if keeps_dirty else NOBODY,
+                dirty_holder=cache_id if keeps_dirty else NO_ID,
                 lineages=_lineages(state, lineage, first_sequence),
             )
             committed = await self._put(wanted)
@@ -172,7 +174,7 @@ class Catalogue:
                 # A batch of the old writer slipped in before the fence: the new lineage starts
                 # behind it. Nothing can slip in any more.
                 known = _lineages(committed, lineage, first_sequence)
-                committed = await self._put(committed.edit(lineages=known))
+                committed = await self._put(committed.with_changes(lineages=known))
             return committed
 
     async def set_dirty(
@@ -183,7 +185,7 @@ class Catalogue:
         def decide(state: VolumeState) -> VolumeState:
             _check_epoch(state, epoch)
             _check_holder(state, cache_id)
-            return state.edit(dirty_holder=cache_id if dirty else NOBODY)
+            return state.with_changes(dirty_holder=cache_id if dirty else NO_ID)
 
         return await self._change(volume_id, decide)
 
@@ -192,11 +194,11 @@ class Catalogue:
 
         def decide(state: VolumeState) -> VolumeState:
             _check_epoch(state, epoch)
-            if state.open_holder == NOBODY and state.dirty_holder == NOBODY:
+            if state.open_holder == NO_ID and state.dirty_holder == NO_ID:
                 return state
             _check_holder(state, cache_id)
-            keeps = state.dirty_holder if state.dirty_holder != cache_id else NOBODY
-            return state.edit(open_holder=NOBODY, dirty_holder=keeps)
+            keeps = state.dirty_holder if state.dirty_holder != cache_id else NO_ID
+            return state.with_changes(open_holder=NO_ID, dirty_holder=keeps)
 
         return await self._change(volume_id, decide)
 
@@ -204,13 +206,13 @@ class Catalogue:
         """Delete a volume; an open or dirty one only by force. Returns its last state."""
         async with self._lock(volume_id):
             state = self.get(volume_id)
-            if state.open_holder != NOBODY and not force:
+            if state.open_holder != NO_ID and not force:
                 raise StoreError(
                     Code.BUSY,
                     f"volume {_quote(state.name)} is open at cache {state.open_holder.hex()};"
                     " close it there first, or delete it by force",
                 )
-            if state.dirty_holder != NOBODY and not force:
+            if state.dirty_holder != NO_ID and not force:
                 raise StoreError(
                     Code.DIRTY,
                     f"volume {_quote(state.name)} has writes that only cache"
@@ -237,12 +239,12 @@ class Catalogue:
         async with self._lock(volume_id):
             state = self.get(volume_id)
             wanted = decide(state)
-            if wanted.raw == state.raw:
+            if wanted == state:
                 return state  # durable already
             return await self._put(wanted)
 
     async def _put(self, wanted: VolumeState) -> VolumeState:
-        reply = await self._core.request(wire.PUT_VOLUME, wanted.raw)
+        reply = await self._core.request(wire.PUT_VOLUME, wanted.encode())
         _check_status(reply, wanted)
         committed = self.get(wanted.id)
         assert committed.epoch == wanted.epoch, "the core committed another epoch than was put"
@@ -255,9 +257,7 @@ def _quote(name: str) -> str:
     return f"'{one_line(name, limit=300)}'"
 
 
-def _lineages(
-    state: VolumeState, lineage: int, first_sequence: int | None
-) -> list[tuple[int, int]]:
+def _lineages(state: VolumeState, lineage: int, first_sequence: int | None) -> tuple[Lineage, ...]:
     """The lineages on record after an open; the core refuses batches of any other.
 
     A lineage that starts where the new one starts, or later, wrote nothing that counts. Of the
@@ -274,11 +274,11 @@ def _lineages(
         )
     applied = state.lineage
     kept = [
-        (known, start)
-        for known, start in state.lineages
-        if known == applied or (start < first and known != lineage)
+        known
+        for known in state.lineages
+        if known.id == applied or (known.first_sequence < first and known.id != lineage)
     ]
-    history = next((at for at, (known, _) in enumerate(kept) if known == applied), 0)
+    history = next((at for at, known in enumerate(kept) if known.id == applied), 0)
     kept = kept[min(history, max(0, len(kept) + 1 - LINEAGES_MAX)) :]
     if len(kept) >= LINEAGES_MAX:
         raise StoreError(
@@ -286,7 +286,7 @@ def _lineages(
             f"volume {name} was opened {LINEAGES_MAX} times without shipping what was written;"
             " its holder must ship first, or its loss be accepted",
         )
-    return [*kept, (lineage, first)]
+    return (*kept, Lineage(lineage, first))
 
 
 def _check_epoch(state: VolumeState, expected_epoch: int) -> None:
@@ -310,12 +310,12 @@ def _check_holder(state: VolumeState, cache_id: bytes) -> None:
 def _check_not_held(state: VolumeState, cache_id: bytes) -> None:
     """Another cache has the volume open, or may hold the newest acknowledged writes."""
     loss = ""
-    if state.dirty_holder not in (NOBODY, cache_id):
+    if state.dirty_holder not in (NO_ID, cache_id):
         loss = (
             f"every write after sequence {state.applied_sequence} that cache"
             f" {state.dirty_holder.hex()} acknowledged and has not shipped would be lost"
         )
-    if state.open_holder not in (NOBODY, cache_id):
+    if state.open_holder not in (NO_ID, cache_id):
         raise StoreError(
             Code.BUSY,
             f"volume {_quote(state.name)} is open at cache {state.open_holder.hex()}; close it"

@@ -11,7 +11,7 @@ nothing about what the store did: a caller that needs to know asks again.
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -70,11 +70,12 @@ class _Link(asyncio.BufferedProtocol):
     # -- asyncio.BufferedProtocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        transport.set_write_buffer_limits(limits.SEND_HIGH_BYTES, limits.SEND_LOW_BYTES)
+        # Not isinstance: uvloop's transports are none of asyncio's classes.
+        stream = cast(asyncio.Transport, transport)
+        self._transport = stream
+        stream.set_write_buffer_limits(limits.SEND_HIGH_BYTES, limits.SEND_LOW_BYTES)
         keep_alive(transport)
-        transport.write(wire.encode_json(wire.HELLO, self._hello))
+        stream.write(wire.encode_json(wire.HELLO, self._hello))
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._receive

@@ -13,11 +13,11 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from millpond.native.store import NO_ID, VolumeState
 from millpond.store import limits, wire
 from millpond.store.catalogue import Catalogue
 from millpond.store.errors import Code, ProtocolError, StoreError, one_line
 from millpond.store.session import Peer, Session
-from millpond.store.volume import NOBODY, VolumeState
 
 Id = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
 Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -144,7 +144,7 @@ class ControlOperations:
 
     async def _change(self, call: Open | Dirty | Close) -> VolumeState:
         volume_id, cache_id = bytes.fromhex(call.id), bytes.fromhex(call.cache_id)
-        if cache_id == NOBODY:
+        if cache_id == NO_ID:
             raise StoreError(Code.INVALID, "a cache id of zero means nobody")
         match call:
             case Open():
@@ -240,7 +240,7 @@ class ControlSession(Session):
 
 
 def _holder(holder: bytes) -> str | None:
-    return holder.hex() if holder != NOBODY else None
+    return holder.hex() if holder != NO_ID else None
 
 
 def _refusal(code: str, message: str) -> dict[str, Any]:

@@ -8,7 +8,6 @@ serve() raises it, so the process ends with a line and a supervisor may start it
 """
 
 import asyncio
-import fcntl
 import logging
 import os
 from collections.abc import Sequence
@@ -16,42 +15,39 @@ from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
 from typing import Any
 
-from millpond.native.store import StoreCore
 from millpond.store import limits, wire
 from millpond.store.address import Address, parse_address
-from millpond.store.catalogue import Catalogue, new_id
+from millpond.store.catalogue import Catalogue
 from millpond.store.control import ControlOperations, ControlSession
 from millpond.store.data import DataSession
-from millpond.store.errors import Code, StoreError, one_line
+from millpond.store.directory import SOCKET_NAME, OpenStore
+from millpond.store.errors import one_line
 from millpond.store.link import CoreLink
 from millpond.store.server import Connection, Server
 from millpond.store.session import Session
 
 log = logging.getLogger("millpond.store")
 
-SOCKET_NAME = "store.sock"
-SUPERBLOCK_NAME = f"{0:016x}.seg"  # file 0 of the driver's directory
-OWN_NAMES = frozenset({SOCKET_NAME, "lost+found"})
-
 
 class StoreDaemon:
     """A running store. Create with `await StoreDaemon.start(...)`; then serve(), then close()."""
 
-    def __init__(self, directory: str, lock_fd: int, core: StoreCore) -> None:
+    def __init__(self, directory: str, store: OpenStore) -> None:
         self.directory = directory
         self.addresses: list[Address] = []
-        self.core = core
-        self._lock_fd = lock_fd
+        self.core = store.core
+        self.store_id = store.store_id
+        self._store = store
         self._started_s = asyncio.get_running_loop().time()
         self._stop = asyncio.Event()
         self._failure: BaseException | None = None
         self._closed = False
-        self.link = CoreLink(core, self._fail)
+        self.link = CoreLink(self.core, store.notify_fd, self._fail)
         self.catalogue = Catalogue(self.link)
-        self._operations = ControlOperations(self.catalogue, core.volume_bytes, self.status)
+        self._operations = ControlOperations(self.catalogue, self.core.volume_bytes, self.status)
         self.greeting = wire.HelloReply(
             wire_version=wire.WIRE_VERSION,
-            store_id=core.store_id.hex(),
+            store_id=store.store_id.hex(),
             max_frame_bytes=wire.PAYLOAD_MAX_BYTES,
             version=f"millpond {own_version()}",
         )
@@ -77,18 +73,13 @@ class StoreDaemon:
         """
         addresses = [parse_address(f"unix:{os.path.join(directory, SOCKET_NAME)}")]
         addresses += [parse_address(text) for text in listen]
-        lock_fd = lock_directory(directory)
-        try:
-            core = open_core(
-                directory, format_when_empty=format_when_empty, segment_bytes=segment_bytes
-            )
-        except BaseException:
-            os.close(lock_fd)
-            raise
+        store = OpenStore(
+            directory, format_when_empty=format_when_empty, segment_bytes=segment_bytes
+        )
         daemon = None
         try:
-            core.start()
-            daemon = cls(directory, lock_fd, core)
+            store.core.start()
+            daemon = cls(directory, store)
             daemon.link.start()
             daemon.server = Server(
                 greeting=daemon.greeting,
@@ -106,8 +97,7 @@ class StoreDaemon:
             if daemon is not None:
                 await daemon.close()
             else:
-                core.close()
-                os.close(lock_fd)
+                store.close()
             raise
         return daemon
 
@@ -132,15 +122,14 @@ class StoreDaemon:
         if self.server is not None:
             await self.server.close()
         self.link.stop()
-        self.core.close()
-        os.close(self._lock_fd)
+        self._store.close()
 
     def status(self) -> dict[str, Any]:
         """Counters of the core and of the daemon, for the status call."""
         server = self.server
         assert server is not None
         return {
-            "store_id": self.core.store_id.hex(),
+            "store_id": self.store_id.hex(),
             "version": self.greeting.version,
             "directory": self.directory,
             "listening": [str(address) for address in self.addresses],
@@ -162,49 +151,6 @@ class StoreDaemon:
             self._failure = error
             log.error("store stopped directory=%s: %s", self.directory, one_line(str(error)))
         self._stop.set()
-
-
-def lock_directory(directory: str) -> int:
-    """Hold the directory for this process alone; the lock lives as long as the descriptor."""
-    shown = one_line(directory)
-    try:
-        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise StoreError(
-            Code.NOT_FOUND, f"there is no directory {shown}; create it and give it a disk"
-        ) from None
-    except NotADirectoryError:
-        raise StoreError(Code.INVALID, f"{shown} is not a directory") from None
-    except PermissionError:
-        raise StoreError(Code.PERMISSION, f"no permission to open directory {shown}") from None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        raise StoreError(
-            Code.BUSY, f"directory {shown} is served by another process; stop it first"
-        ) from None
-    return fd
-
-
-def open_core(directory: str, *, format_when_empty: bool, segment_bytes: int) -> StoreCore:
-    """Recover the store in a directory that we hold; format it first when told and empty."""
-    shown = one_line(directory)
-    if not os.path.exists(os.path.join(directory, SUPERBLOCK_NAME)):
-        if not format_when_empty:
-            raise StoreError(
-                Code.NOT_FOUND, f"directory {shown} holds no store; make one with --format"
-            )
-        strangers = sorted(set(os.listdir(directory)) - OWN_NAMES)
-        if strangers:
-            raise StoreError(
-                Code.EXISTS,
-                f"directory {shown} is not empty (it holds {one_line(strangers[0])!r});"
-                " a store is made in an empty directory",
-            )
-        StoreCore.format(directory, store_id=new_id(), segment_bytes=segment_bytes)
-        log.info("store formatted directory=%s", shown)
-    return StoreCore.open(directory)
 
 
 def own_version() -> str:

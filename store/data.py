@@ -9,7 +9,7 @@ answered, so a connection costs bounded memory whatever its peer does.
 
 import asyncio
 
-from millpond.native.store import StoreCore
+from millpond.native.store import ProtocolError, StoreCore
 from millpond.store import limits
 from millpond.store.link import CoreLink
 from millpond.store.session import Peer, Session
@@ -24,6 +24,7 @@ class DataSession(Session):
         self._core = core
         self._high = limits.FETCH_PENDING_HIGH_BYTES if fetch else limits.DESTAGE_PENDING_HIGH_BYTES
         self._low = limits.FETCH_PENDING_LOW_BYTES if fetch else limits.DESTAGE_PENDING_LOW_BYTES
+        self.receive_bytes = limits.FETCH_RECEIVE_BYTES if fetch else limits.RECEIVE_BYTES
         self._writable = True
         self._behind = False  # the core has too much of ours to answer
         self._taking = False
@@ -33,8 +34,10 @@ class DataSession(Session):
     def received(self, data: memoryview) -> None:
         if self._ended:
             return
-        if self._core.feed(self._connection, data) < 0:
-            self._refuse()
+        try:
+            self._core.feed(self._connection, data)
+        except ProtocolError as error:
+            self._refuse(str(error))
             return
         self._regulate()
 
@@ -82,9 +85,9 @@ class DataSession(Session):
             self._behind = False
         self._peer.set_reading(self._writable and not self._behind)
 
-    def _refuse(self) -> None:
+    def _refuse(self, reason: str) -> None:
         last_words = b""
         while data := self._core.take(self._connection, limits.TAKE_BYTES):
             last_words += data
         self.lost()
-        self._peer.refuse(last_words, "the client broke the protocol of its data connection")
+        self._peer.refuse(last_words, reason)

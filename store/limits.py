@@ -22,16 +22,17 @@ SEND_HIGH_BYTES = 4 * MIB  # unsent reply bytes of one connection before we stop
 SEND_LOW_BYTES = 1 * MIB
 TAKE_BYTES = 1 * MIB  # one take from the core
 TAKE_TURN_BYTES = 8 * MIB  # taken for one connection before others get their turn
-READY_MAX = 256  # connections listed by one mp_store_ready call
 
 # Bytes fed to the core and not answered: above high we stop reading, below low we go on. A frame
 # that is still arriving counts, so low must exceed the largest frame or we would wait for ever.
 DESTAGE_PENDING_HIGH_BYTES = 64 * MIB
 DESTAGE_PENDING_LOW_BYTES = 32 * MIB
-# Requests of a fetch connection are 112 bytes and their answers up to 1 MiB: the bound on requests
-# is the bound on answers. 256 requests; a cache keeps fewer in flight on one connection.
-FETCH_PENDING_HIGH_BYTES = 256 * 112
-FETCH_PENDING_LOW_BYTES = 128 * 112
+# A READ is 112 bytes and its answer up to 1 MiB, so what a fetch connection may have unanswered is
+# a number of requests: high plus one wake-up, 274 of them, answers of 274 MiB at the very worst and
+# of about 4 MiB for the 16 KiB that a cache asks for.
+FETCH_RECEIVE_BYTES = 16 * 1024
+FETCH_PENDING_HIGH_BYTES = 128 * 112
+FETCH_PENDING_LOW_BYTES = 64 * 112
 
 # Catalogue.
 VOLUMES_MAX = 16384

@@ -8,10 +8,12 @@ is told once; the daemon then ends, loudly. An exception in here does the same.
 """
 
 import asyncio
+import contextlib
+import os
 from collections.abc import Callable
 from typing import Protocol
 
-from millpond.native.store import StoreCore
+from millpond.native.store import StoreCore, VolumeState
 from millpond.store import limits, wire
 from millpond.store.errors import Code, StoreError
 
@@ -28,8 +30,11 @@ class Stream(Protocol):
 class CoreLink:
     """Carries bytes between connections and the core. Event loop only."""
 
-    def __init__(self, core: StoreCore, on_failure: Callable[[BaseException], None]) -> None:
+    def __init__(
+        self, core: StoreCore, notify_fd: int, on_failure: Callable[[BaseException], None]
+    ) -> None:
         self._core = core
+        self._notify_fd = notify_fd
         self._on_failure = on_failure
         self._streams: dict[int, Stream] = {}
         self._next_connection = OWN_CONNECTION + 1
@@ -50,11 +55,11 @@ class CoreLink:
 
     def start(self) -> None:
         """Listen to the core's notifications."""
-        self._loop.add_reader(self._core.notify_fd, self.notified)
+        self._loop.add_reader(self._notify_fd, self.notified)
 
     def stop(self) -> None:
         """Stop listening; calls in flight fail."""
-        self._loop.remove_reader(self._core.notify_fd)
+        self._loop.remove_reader(self._notify_fd)
         self._fail_replies(StoreError(Code.IO, "the store is shutting down"))
 
     def attach(self, stream: Stream) -> int:
@@ -77,38 +82,37 @@ class CoreLink:
         self._next_request_id += 1
         reply: asyncio.Future[wire.Frame] = self._loop.create_future()
         self._replies[request_id] = reply
-        status = self._core.feed(
-            OWN_CONNECTION, wire.encode_frame(frame_type, payload, request_id=request_id)
-        )
-        assert status == 0, "the core does not understand the daemon"
         try:
+            self._core.feed(
+                OWN_CONNECTION, wire.encode_frame(frame_type, payload, request_id=request_id)
+            )
             return await reply
         finally:
             self._replies.pop(request_id, None)
 
-    def get_volume(self, volume_id: bytes) -> bytes | None:
+    def volume(self, volume_id: bytes) -> VolumeState | None:
         """Committed state of a volume."""
-        return self._core.get_volume(volume_id)
+        return self._core.volume(volume_id)
 
-    def list_volumes(self) -> list[bytes]:
+    def volumes(self) -> list[VolumeState]:
         """Committed states of all volumes."""
-        return self._core.list_volumes()
+        return self._core.volumes()
 
     def notified(self) -> None:
         """The core has answers, or has failed."""
         try:
-            self._core.clear_notification()
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._notify_fd)
             failure = self._core.failure()
             if failure is not None:
                 raise StoreError(Code.IO, failure)
-            while connections := self._core.ready(limits.READY_MAX):
-                for connection in connections:
-                    if connection == OWN_CONNECTION:
-                        self._take_replies()
-                    elif (stream := self._streams.get(connection)) is not None:
-                        stream.answers_ready()
-                if len(connections) < limits.READY_MAX:
-                    break
+            # All of them: a connection whose peer does not read stays listed, and must not hide
+            # the others behind it.
+            for connection in self._core.ready(len(self._streams) + 1):
+                if connection == OWN_CONNECTION:
+                    self._take_replies()
+                elif (stream := self._streams.get(connection)) is not None:
+                    stream.answers_ready()
         except Exception as error:
             self._fail(error)
 

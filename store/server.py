@@ -13,7 +13,7 @@ import os
 import socket
 import stat
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, cast
 
 from millpond.store import limits, wire
 from millpond.store.address import Address, keep_alive
@@ -145,10 +145,11 @@ class Connection(asyncio.BufferedProtocol):
     # -- asyncio.BufferedProtocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        # Not isinstance: uvloop's transports are none of asyncio's classes.
+        stream = cast(asyncio.Transport, transport)
+        self._transport = stream
         keep_alive(transport)
-        transport.set_write_buffer_limits(limits.SEND_HIGH_BYTES, limits.SEND_LOW_BYTES)
+        stream.set_write_buffer_limits(limits.SEND_HIGH_BYTES, limits.SEND_LOW_BYTES)
         full = len(self._server.connections) >= self._server.connections_max
         self._server.connections.add(self)
         if full or self._server.closing:
@@ -159,6 +160,8 @@ class Connection(asyncio.BufferedProtocol):
         self._timer = self._loop.call_later(self._server.handshake_timeout_s, self._no_hello)
 
     def get_buffer(self, sizehint: int) -> memoryview:
+        if self._session is not None:
+            return self._receive[: self._session.receive_bytes]
         return self._receive
 
     def buffer_updated(self, nbytes: int) -> None:

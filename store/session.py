@@ -4,6 +4,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Coroutine
 from typing import Any, Protocol
 
+from millpond.store import limits
+
 
 class Peer(Protocol):
     """The connection as a session sees it."""
@@ -23,6 +25,8 @@ class Peer(Protocol):
 
 class Session(ABC):
     """One role's handling of a connection's bytes."""
+
+    receive_bytes = limits.RECEIVE_BYTES  # at most this per wake-up
 
     @abstractmethod
     def received(self, data: memoryview) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from store_daemon import ME, OTHER, RunTest, Running, running
+from store_daemon import ME, OTHER, Running, RunTest, running
 
 from millpond.store.catalogue import check_name
 from millpond.store.client import StoreClient
@@ -238,7 +238,8 @@ def test_position_of_an_open_must_follow_what_is_applied(run: RunTest, tmp_path:
 
 
 def lineages(store: Running, volume: dict[str, Any]) -> list[tuple[int, int]]:
-    return store.daemon.catalogue.get(bytes.fromhex(volume["id"])).lineages
+    state = store.daemon.catalogue.get(bytes.fromhex(volume["id"]))
+    return [(known.id, known.first_sequence) for known in state.lineages]
 
 
 def test_lineages_that_wrote_nothing_are_forgotten(run: RunTest, tmp_path: Path) -> None:
