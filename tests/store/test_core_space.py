@@ -178,7 +178,9 @@ def test_full_disk_answers_full_and_goes_on_when_there_is_room() -> None:
     world = World().format().open()
     world.create(blocks=4096)
     sequence = fill_up(world, 32)
-    world.sim.set(SimOptions(latency_ns=1000, fail_io=1, fail_op=Op.ALLOCATE, fail_errno=errno.ENOSPC))
+    world.sim.set(
+        SimOptions(latency_ns=1000, fail_io=1, fail_op=Op.ALLOCATE, fail_errno=errno.ENOSPC)
+    )
     statuses = []
     for _ in range(16):
         statuses.append(world.write([Write(0, fill(7, 32))], first=sequence))
