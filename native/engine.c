@@ -495,8 +495,9 @@ static void stop_step(struct mp_engine *engine)
 	for (i = 0; i < engine->volume_count; i++)
 		if (engine->volumes[i] && engine->volumes[i]->appends_inflight)
 			return;
-	if (!engine->failed && !(checkpoint->clean && !checkpoint->running)) {
-		checkpoint->wanted = true; /* one that begins now, and is the end of every chain */
+	if (!engine->failed && (checkpoint->running || !checkpoint->clean)) {
+		/* One that begins now, and is the end of every chain. */
+		checkpoint->wanted = !checkpoint->clean;
 		return;
 	}
 	if (engine->ios_inflight)
@@ -610,7 +611,7 @@ static void set_defaults(struct mp_engine_options *options)
 	uint64_t least = 2 * NBD_PAYLOAD_MAX;
 
 	if (!options->buffer_bytes)
-		options->buffer_bytes = 128ULL * 1024 * 1024;
+		options->buffer_bytes = 256ULL * 1024 * 1024;
 	if (options->buffer_bytes < least)
 		options->buffer_bytes = least;
 	if (!options->checkpoint_every_bytes)

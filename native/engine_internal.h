@@ -194,6 +194,7 @@ struct request {
 	uint64_t offset_bytes, length_bytes;
 	uint32_t pending;         /* slices; + 1 while slices are being added */
 	int error;                /* errno of the first failure */
+	bool reading;             /* counted in the connection's reading_bytes */
 	struct link reads;        /* READ: slices in order */
 	uint64_t sync_sequence;   /* FLUSH, FUA: what a sync must cover */
 	struct link in_sync;
@@ -216,6 +217,7 @@ struct connection {
 	struct request *writing;      /* WRITE whose payload is being received */
 	struct mutation *slice;
 	uint64_t slice_received, payload_left;
+	uint64_t reading_bytes;       /* of READs in flight or not yet sent */
 	struct link requests;         /* all in flight */
 	struct link replies;          /* finished, in order of completion */
 	struct request *sending;      /* first of replies: partly sent */

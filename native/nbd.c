@@ -47,6 +47,8 @@ static void request_free(struct request *request)
 		read->request = NULL;
 		read_release(read);
 	}
+	if (request->reading)
+		connection->reading_bytes -= request->length_bytes;
 	list_remove(&request->in_connection);
 	list_remove(&request->in_replies);
 	connection->inflight--;
@@ -163,6 +165,8 @@ static void start_read(struct request *request)
 		       MP_BLOCK_BYTES;
 
 	volume->counters.reads++;
+	request->reading = true;
+	request->connection->reading_bytes += request->length_bytes;
 	volume->engine->counters.read_bytes += request->length_bytes;
 	while (request->length_bytes && first < end) {
 		uint32_t count = end - first > SLICE_BLOCKS ? SLICE_BLOCKS : (uint32_t)(end - first);
@@ -258,14 +262,22 @@ static void start_flush(struct request *request)
 
 /* ---- receiving ---- */
 
+/* Guests share the buffers. Whatever clients that do not read their replies hold, a connection that holds nothing
+ * gets one slice out of the reserve, and a large request alone in the engine is always served. */
 static bool buffers_allow(const struct connection *connection, uint64_t bytes)
 {
 	const struct mp_engine *engine = connection->engine;
 	uint64_t used = mp_buffers_used_bytes(engine->buffers);
+	uint64_t own = connection->writing ? 1 : 0;
+	bool holds_nothing = connection->inflight <= own &&
+			     (!own || connection->writing->pending == 1);
 
-	/* A single large request may always go alone, or it would wait for ever. */
-	return used + bytes + bytes / SLICE_BLOCKS <= engine->options.buffer_bytes ||
-	       engine->counters.inflight_requests <= (connection->writing ? 1U : 0U);
+	if (used + bytes <= engine->options.buffer_bytes)
+		return connection->reading_bytes + bytes <= CONNECTION_BYTES_MAX;
+	return holds_nothing &&
+	       (engine->counters.inflight_requests <= own ||
+		(bytes <= SLICE_BYTES + 2 * MP_BLOCK_BYTES &&
+		 used + bytes <= engine->options.buffer_bytes + INTERNAL_BYTES / 2));
 }
 
 static void pause_reading(struct connection *connection)

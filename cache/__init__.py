@@ -1,0 +1,1 @@
+"""The cache room: the control plane of one hypervisor's cache, around the engine (native/)."""

@@ -1,0 +1,156 @@
+"""The control socket: one JSON object per line in, one per line out.
+
+    {"op": "status"}            -> {"ok": true, ...}     see status.py
+    {"op": "volumes"}           -> {"ok": true, "volumes": [...]}
+    {"op": "stop"}              -> {"ok": true}, then the daemon stops
+    anything else               -> {"ok": false, "code": "E_INVALID", "message": one line}
+
+Rules: permission of the socket file is the authentication (0660).  Lines, connections and idle
+time are bounded.  A call never changes what a guest sees, except stop.
+Failure modes: a malformed line is answered and the connection goes on; too long a line ends it.
+"""
+
+import asyncio
+import logging
+import os
+import socket
+import stat
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+
+from millpond.cache import limits
+from millpond.cache.errors import CacheError, escaped
+from millpond.cache.tasks import Tasks
+
+log = logging.getLogger("millpond.cache")
+
+Handler = Callable[[], Awaitable[dict[str, Any]]]
+
+
+class Request(msgspec.Struct, frozen=True):
+    """One line; what an operation does not know is ignored (it is from the future)."""
+
+    op: str
+
+
+class ControlServer:
+    """Serves operations on a unix socket."""
+
+    def __init__(self, handlers: dict[str, Handler], tasks: Tasks) -> None:
+        self._handlers = handlers
+        self._tasks = tasks
+        self._server: asyncio.Server | None = None
+        self._path = ""
+        self._connections = 0
+
+    async def listen(self, path: str, *, mode: int = 0o660) -> None:
+        """Listen; the socket file never has a wider mode, not even for a moment."""
+        clear_stale_socket(path)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            old_mask = os.umask(0o777 & ~mode)
+            try:
+                sock.bind(path)
+            finally:
+                os.umask(old_mask)
+        except OSError as error:
+            sock.close()
+            reason = os.strerror(error.errno) if error.errno else str(error)
+            raise CacheError(f"cannot listen on {escaped(path)}: {reason}") from None
+        sock.setblocking(False)
+        self._path = path
+        self._server = await asyncio.start_unix_server(
+            self._connected, sock=sock, limit=limits.CONTROL_LINE_BYTES
+        )
+
+    async def close(self) -> None:
+        """Stop listening; connections end with the tasks of the daemon."""
+        if self._server is not None:
+            self._server.close()
+            with suppress(FileNotFoundError):
+                os.unlink(self._path)
+
+    def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._connections >= limits.CONTROL_CONNECTIONS_MAX or self._tasks.closing:
+            writer.close()
+            return
+        self._connections += 1
+        self._tasks.spawn(self._serve(reader, writer), "control-connection")
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while True:
+                async with asyncio.timeout(limits.CONTROL_IDLE_S):
+                    line = await reader.readline()
+                if not line:
+                    return
+                writer.write(msgspec.json.encode(await self._answer(line)) + b"\n")
+                async with asyncio.timeout(limits.CONTROL_IDLE_S):
+                    await writer.drain()
+        except (TimeoutError, ConnectionError, ValueError):
+            return  # idle, gone, or a line longer than the limit
+        finally:
+            self._connections -= 1
+            writer.close()
+
+    async def _answer(self, line: bytes) -> dict[str, Any]:
+        try:
+            request = msgspec.json.decode(line, type=Request)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            return _refusal("E_INVALID", f"malformed request: {error}")
+        handler = self._handlers.get(request.op)
+        if handler is None:
+            known = ", ".join(sorted(self._handlers))
+            return _refusal("E_INVALID", f"unknown op {escaped(request.op)}; known: {known}")
+        try:
+            return {"ok": True, **await handler()}
+        except CacheError as error:
+            return _refusal("E_FAILED", str(error))
+
+
+def _refusal(code: str, message: str) -> dict[str, Any]:
+    return {"ok": False, "code": code, "message": message}
+
+
+def clear_stale_socket(path: str) -> None:
+    """Remove a socket file that nobody listens on; CacheError for anything else in its place."""
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(found.st_mode):
+        raise CacheError(f"{escaped(path)} exists and is no socket; move it away")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+        except OSError:
+            pass  # somebody listens, and is busy or not ours
+    raise CacheError(f"another process listens on {escaped(path)}; stop it first")
+
+
+async def call(path: str, op: str, *, timeout_s: float = 10.0) -> dict[str, Any]:
+    """The client's end: one operation, its answer without `ok`.  CacheError with one line."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            reader, writer = await asyncio.open_unix_connection(path, limit=64 * limits.MIB)
+            try:
+                writer.write(msgspec.json.encode({"op": op}) + b"\n")
+                line = await reader.readline()
+            finally:
+                writer.close()
+        reply = msgspec.json.decode(line, type=dict[str, Any])
+    except (OSError, ValueError, msgspec.DecodeError) as error:
+        reason = (
+            os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "no answer"
+        )
+        raise CacheError(f"no cache answers at {escaped(path)}: {reason}") from None
+    if not reply.pop("ok", False):
+        raise CacheError(str(reply.get("message", "refused")))
+    return reply

@@ -1,0 +1,237 @@
+"""The cache process: one engine, the stores behind it, and every volume in use.
+
+Happy path: `CacheDaemon.start(config)` opens device and engine, connects to the store, takes up
+what a crash left behind; nbd/ serves `daemon.exports`; `await daemon.failed` or a signal; `stop()`.
+
+Failure modes: a task or the engine dies: one log line, `failed` is set, the caller stops and exits
+with a code.  The store is away: guests that only need the cache go on, others wait.  An engine that
+does not stop in time: the process ends without the clean checkpoint, as after a crash.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable
+from dataclasses import dataclass, field
+
+from millpond.cache import limits
+from millpond.cache.chance import Chance
+from millpond.cache.device import open_engine
+from millpond.cache.errors import CacheError, escaped
+from millpond.cache.events import EngineEvents
+from millpond.cache.links import Identity
+from millpond.cache.replicas import ReplicaSet, StoreNode, VolumeRecord
+from millpond.cache.serving import CacheExports
+from millpond.cache.shaping import Admission, RateLimits
+from millpond.cache.tasks import Backoff, Tasks
+from millpond.cache.volumes import Volume, World
+from millpond.native.engine import (
+    ConnectionClosed,
+    DirtyReady,
+    Engine,
+    EngineFailed,
+    EngineOptions,
+    LinkBroken,
+    NeedDirty,
+    VolumeFailed,
+)
+
+log = logging.getLogger("millpond.cache")
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    """What an operator decides."""
+
+    stores: tuple[str, ...]
+    host_rates: RateLimits = field(default_factory=RateLimits)
+    volume_rates: RateLimits = field(default_factory=RateLimits)
+    name: str = "cache"
+    engine: EngineOptions = field(default_factory=EngineOptions)
+
+
+class CacheDaemon:
+    """Everything of one cache but its listening sockets.  Event loop only."""
+
+    def __init__(self, engine: Engine, config: CacheConfig, chance: Chance) -> None:
+        """engine: recovered, not started.  It is the daemon's from here."""
+        loop = asyncio.get_running_loop()
+        self.config = config
+        self.engine = engine
+        self.failed: asyncio.Future[str] = loop.create_future()
+        self.events = EngineEvents(engine)
+        self.tasks = Tasks(lambda error: self._fail(f"{type(error).__name__}: {error}"))
+        self.host = Admission(config.host_rates)
+        identity = Identity(engine.cache_id, config.name)
+        self.nodes = tuple(
+            StoreNode(address, index=index, engine=engine, identity=identity)
+            for index, address in enumerate(config.stores)
+        )
+        ReplicaSet(self.nodes)  # refuses what this version cannot keep
+        self.volumes: dict[bytes, Volume] = {}
+        self.exports = CacheExports(self.nodes[0], self._volume_for, self.tasks)
+        self._connections: dict[int, Volume] = {}
+        self._notify_fd: int | None = None
+        self._world = World(
+            engine=engine,
+            events=self.events,
+            chance=chance,
+            tasks=self.tasks,
+            host=self.host,
+            volume_rates=config.volume_rates,
+            connected=self._connected,
+        )
+        self._listen()
+
+    @classmethod
+    async def start(cls, device: str, config: CacheConfig) -> "CacheDaemon":
+        """Recover the device and serve.  Blocks while it recovers; raises CacheError."""
+        engine = open_engine(device, config.engine)
+        try:
+            daemon = cls(engine, config, Chance())
+            engine.start()
+        except BaseException:
+            engine.free()
+            raise
+        daemon.watch(engine.notify_fd())
+        daemon.go()
+        return daemon
+
+    def watch(self, notify_fd: int) -> None:
+        """Pump whenever the engine notifies."""
+        self._notify_fd = notify_fd
+        asyncio.get_running_loop().add_reader(notify_fd, self.pump)
+
+    def go(self) -> None:
+        """Connect to the stores and take up what the device remembers."""
+        for node in self.nodes:
+            self.tasks.spawn(node.fetch.run(), f"fetch-{node.index}")
+            self.tasks.spawn(node.destage.run(), f"destage-{node.index}")
+        for status in self.engine.list_volumes():
+            if status.has_undestaged:
+                volume = self._volume(status.id)
+                self.tasks.spawn(volume.resume(), f"resume-{status.id.hex()}")
+        self.tasks.spawn(self._give_back_leftovers(), "give-back-leftovers")
+
+    def pump(self) -> None:
+        """The engine has events or frames for us; an exception in here is ours and ends us."""
+        try:
+            if self._notify_fd is not None:
+                self.engine.clear_notification()
+            self.events.pump()
+            for node in self.nodes:
+                node.fetch.pump()
+        except Exception as error:
+            log.exception("event pump died")
+            self._fail(f"{type(error).__name__}: {error}")
+
+    @property
+    def connection_count(self) -> int:
+        """Connections that the engine holds."""
+        return len(self._connections)
+
+    # -- stop
+
+    async def stop(self) -> bool:
+        """Stop serving, give back what is drained, close the device.  False: not cleanly."""
+        self.exports.closing = True
+        volumes = list(self.volumes.values())
+        for volume in volumes:
+            volume.disconnect_all()
+        if not self.failed.done():
+            await self._wait_for(self._disconnected(), limits.STOP_CONNECTIONS_S)
+            given_back = asyncio.gather(*(volume.stop() for volume in volumes))
+            await self._wait_for(given_back, limits.STOP_RELEASE_S)
+        clean = await self._stop_engine()
+        await self.tasks.cancel_all()
+        for node in self.nodes:
+            await node.control.close()
+        if self._notify_fd is not None:
+            asyncio.get_running_loop().remove_reader(self._notify_fd)
+        if clean:
+            self.engine.stop()
+            self.engine.free()
+        log.info("cache stopped clean=%s", clean)
+        return clean
+
+    async def _stop_engine(self) -> bool:
+        """Let the engine finish; its last fetches still need the event loop."""
+        self.engine.request_stop()
+        await self._wait_for(asyncio.shield(self.events.stopped), limits.STOP_ENGINE_S)
+        return self.events.stopped.done()
+
+    async def _wait_for(self, work: Awaitable[object], limit_s: float) -> None:
+        try:
+            async with asyncio.timeout(limit_s):
+                await work
+        except TimeoutError:
+            log.warning("stopping without waiting longer after=%gs", limit_s)
+
+    async def _disconnected(self) -> None:
+        while self._connections:
+            self._connection_gone.clear()
+            await self._connection_gone.wait()
+
+    # -- volumes
+
+    def _volume(self, volume_id: bytes) -> Volume:
+        volume = self.volumes.get(volume_id)
+        if volume is None:
+            volume = Volume(volume_id, ReplicaSet(self.nodes), self._world)
+            self.volumes[volume_id] = volume
+        return volume
+
+    def _volume_for(self, record: VolumeRecord) -> Volume:
+        volume = self._volume(record.volume_id)
+        if volume.record is None:
+            volume.record = record
+        return volume
+
+    def _connected(self, cookie: int, volume: Volume) -> None:
+        self._connections[cookie] = volume
+
+    async def _give_back_leftovers(self) -> None:
+        """Volumes that a crash left open at the store, without anything of ours to ship."""
+        backoff = Backoff()
+        while True:
+            try:
+                records = await self.exports.learn()
+                break
+            except CacheError as error:
+                if backoff.is_first:
+                    log.warning("waiting for the store reason=%s", escaped(str(error)))
+                await backoff.wait()
+        ours = self.engine.cache_id.hex()
+        for record in records:
+            if record.open_holder == ours:
+                await self._volume_for(record).give_back_leftover(record)
+
+    # -- news from the engine
+
+    def _listen(self) -> None:
+        self._connection_gone = asyncio.Event()
+        self.events.on(NeedDirty, lambda event: self._volume(event.volume).need_dirty())
+        self.events.on(DirtyReady, lambda event: self._volume(event.volume).dirty_ready())
+        self.events.on(
+            VolumeFailed,
+            lambda event: self._volume(event.volume).fail(
+                event.message or f"engine error {event.status}"
+            ),
+        )
+        self.events.on(ConnectionClosed, self._on_connection_closed)
+        self.events.on(LinkBroken, self._on_link_broken)
+        self.events.on(EngineFailed, lambda event: self._fail(f"engine: {event.message}"))
+
+    def _on_link_broken(self, event: LinkBroken) -> None:
+        for node in self.nodes:
+            node.fetch.broken(event.message)
+
+    def _on_connection_closed(self, event: ConnectionClosed) -> None:
+        volume = self._connections.pop(event.cookie, None)
+        if volume is not None:
+            volume.connection_closed(event.cookie)
+        self._connection_gone.set()
+
+    def _fail(self, reason: str) -> None:
+        if not self.failed.done():
+            log.error("cache failed reason=%s", escaped(reason))
+            self.failed.set_result(reason)

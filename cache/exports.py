@@ -1,0 +1,60 @@
+"""What the cache offers to whoever speaks NBD to guests: exports, and how to take one over.
+
+nbd/ negotiates and calls; the cache implements.  Nothing here knows how either works.
+"""
+
+import socket
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+
+@dataclass(frozen=True)
+class Export:
+    """A volume as offered over NBD."""
+
+    name: str
+    size_bytes: int
+    read_only: bool
+    description: str
+
+
+class ExportError(Exception):
+    """Why an export cannot be described or opened; message is one line for the guest's operator."""
+
+    def __init__(
+        self, code: Literal["unknown", "busy", "policy", "platform", "shutdown"], message: str
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+
+class OpenExport(Protocol):
+    """An export that a client has picked, until its socket is handed over or given up."""
+
+    export: Export
+
+    def handover(self, sock: socket.socket, received: bytes) -> None:
+        """Give the connected socket to the engine, with bytes already read from it.
+
+        The engine owns the descriptor from here: it is detached from sock, on errors too.
+        """
+
+    async def release(self) -> None:
+        """The handshake failed after open."""
+
+
+class Exports(Protocol):
+    """All exports of this process."""
+
+    def names(self) -> list[str]:
+        """Canonical names, for LIST."""
+
+    async def describe(self, name: str) -> Export:
+        """Look up; "" is the only volume.  Opens nothing.  Raises ExportError."""
+
+    async def open(self, name: str) -> OpenExport:
+        """Open for a client; the first writable one opens the volume at the store (epoch + 1).
+
+        Raises ExportError.
+        """

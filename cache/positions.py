@@ -1,0 +1,72 @@
+"""Whose writes are newest: the pure rules that compare a store's record with the device's memory.
+
+Epochs are the evidence.  The store's epoch grows by one with every writable open, by whomever; so
+an epoch that has not moved since ours, or by exactly one and to us, means that nobody else has
+written.  By induction an open_holder that is us is enough for dirty records: this check ran before
+each of our opens.  For read slots the proof has to be whole, see slots_are_valid.
+"""
+
+from millpond.cache.errors import VolumeRefused
+from millpond.cache.replicas import VolumeRecord
+from millpond.native.engine import VolumeStatus
+
+
+def check_still_ours(record: VolumeRecord, known: VolumeStatus | None, cache_id: bytes) -> None:
+    """Refuse to open when our newest writes and the store's history have parted.
+
+    Raises VolumeRefused: nothing of the device may be shipped or dropped then.
+    """
+    ours = cache_id.hex()
+    if known is None:
+        if record.dirty_holder == ours:
+            raise VolumeRefused(
+                "the store says that this cache holds writes which were not shipped, but the device"
+                " does not know the volume; was the device replaced?"
+            )
+        return
+    if record.size_bytes != known.size_bytes:
+        raise VolumeRefused(
+            f"the store says {record.size_bytes} bytes, this device {known.size_bytes}"
+        )
+    if record.epoch < known.epoch or record.applied_sequence < known.destaged_sequence:
+        raise VolumeRefused(
+            f"the store (epoch {record.epoch}, sequence {record.applied_sequence}) is older than"
+            f" what this cache has shipped ({known.epoch}, {known.destaged_sequence}): it lost data"
+            " or was restored; repair it, or format this cache to accept the older state"
+        )
+    if known.has_undestaged and record.applied_sequence > known.last_sequence:
+        raise VolumeRefused(
+            f"the store (sequence {record.applied_sequence}) is ahead of the writes on this device"
+            f" (up to {known.last_sequence}): the device was restored, or is a copy"
+        )
+    if not known.has_undestaged or record.open_holder == ours or record.epoch == known.epoch:
+        return
+    raise VolumeRefused(
+        f"another cache took the volume over (epoch {record.epoch}, here {known.epoch});"
+        f" {known.dirty_bytes} bytes of writes up to sequence {known.last_sequence} on this device"
+        " were replaced by its history"
+    )
+
+
+def slots_are_valid(record: VolumeRecord, known: VolumeStatus | None, cache_id: bytes) -> bool:
+    """The device's read slots show the store's image (record: before our open).
+
+    The epoch must not have moved but by us, so that every record the store has applied came from
+    this device; and the store must stand within the records that the device knows, the last of
+    which may have been applied without our hearing of it.  The lineage of the store's position is
+    not compared: one that never shipped a record is not in it, and a guest that only read would
+    find its cache cold.  What the lineage proves, the epoch proves already.
+    """
+    if known is None:
+        return False
+    if not known.destaged_sequence <= record.applied_sequence <= known.last_sequence:
+        return False
+    moved_by_us = record.epoch == known.epoch + 1 and record.open_holder == cache_id.hex()
+    return record.epoch == known.epoch or moved_by_us
+
+
+def first_sequence_of(record: VolumeRecord, known: VolumeStatus | None) -> int | None:
+    """Where a new lineage begins: behind what the device still has to ship, else at the store's."""
+    if known is None or not known.has_undestaged:
+        return None
+    return known.last_sequence + 1

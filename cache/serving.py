@@ -1,0 +1,141 @@
+"""The cache's exports: every volume of the store, opened by the first client that wants it.
+
+Implements the protocols of exports.py for nbd/.
+
+Failure modes become ExportError: unknown name; busy at another cache; platform: the store is away,
+or the volume has failed here (the message says why); shutdown.
+"""
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+
+from millpond.cache import limits
+from millpond.cache.errors import (
+    CacheError,
+    VolumeBusy,
+    VolumeRefused,
+    VolumeUnknown,
+    escaped,
+)
+from millpond.cache.exports import Export, ExportError
+from millpond.cache.replicas import StoreNode, VolumeRecord
+from millpond.cache.tasks import Tasks
+from millpond.cache.volumes import Volume
+from millpond.native.engine import NativeError
+
+log = logging.getLogger("millpond.cache")
+
+
+class CacheExports:
+    """Exports of one daemon; see exports.Exports."""
+
+    def __init__(
+        self, node: StoreNode, volume_for: Callable[[VolumeRecord], Volume], tasks: Tasks
+    ) -> None:
+        self.closing = False
+        self._node = node
+        self._volume_for = volume_for
+        self._tasks = tasks
+        self._names: list[str] = []
+        self._refreshing = False
+
+    def names(self) -> list[str]:
+        """As last heard from the store; asking refreshes it for the next one."""
+        if not self._refreshing and not self._tasks.closing:
+            self._refreshing = True
+            self._tasks.spawn(self._refresh(), "refresh-exports")
+        return list(self._names)
+
+    async def describe(self, name: str) -> Export:
+        """Look up at the store; "" is the only volume."""
+        return _export(await self._find(name))
+
+    async def open(self, name: str) -> "CacheOpenExport":
+        """Attach to the volume; the first client opens it at the store."""
+        if self.closing:
+            raise ExportError("shutdown", "this cache is shutting down")
+        record = await self._find(name)
+        volume = self._volume_for(record)
+        try:
+            async with asyncio.timeout(limits.OPEN_WAIT_S):
+                record = await volume.attach()
+        except TimeoutError:
+            raise ExportError(
+                "platform", f"volume {escaped(record.name)}: the store does not answer; try again"
+            ) from None
+        except CacheError as error:
+            raise _export_error(error, record.name) from None
+        return CacheOpenExport(_export(record), volume)
+
+    async def learn(self) -> list[VolumeRecord]:
+        """All volumes of the store; their names become the exports."""
+        records = await self._node.list()
+        self._names = sorted(record.name for record in records)
+        return records
+
+    async def _refresh(self) -> None:
+        try:
+            await self.learn()
+        except CacheError as error:
+            log.debug("exports not refreshed reason=%s", escaped(str(error)))
+        finally:
+            self._refreshing = False
+
+    async def _find(self, name: str) -> VolumeRecord:
+        try:
+            if name:
+                return await self._node.find(name=name)
+            records = await self.learn()
+        except CacheError as error:
+            raise _export_error(error, name) from None
+        if len(records) != 1:
+            raise ExportError(
+                "unknown", f"the store has {len(records)} volumes; ask for one of them by name"
+            )
+        return records[0]
+
+
+class CacheOpenExport:
+    """A volume that one client is attached to; see exports.OpenExport."""
+
+    def __init__(self, export: Export, volume: Volume) -> None:
+        self.export = export
+        self._volume: Volume | None = volume
+
+    def handover(self, sock: socket.socket, received: bytes) -> None:
+        """Give the socket to the engine."""
+        volume, self._volume = self._volume, None
+        assert volume is not None, "handed over or released before"
+        try:
+            volume.connect(sock, received)
+        except (NativeError, VolumeRefused) as error:
+            log.warning("connection refused volume=%s reason=%s", volume.label, escaped(str(error)))
+        finally:
+            volume.detach()
+
+    async def release(self) -> None:
+        """The handshake failed after open.  Twice is harmless."""
+        volume, self._volume = self._volume, None
+        if volume is not None:
+            volume.detach()
+
+
+def _export(record: VolumeRecord) -> Export:
+    return Export(
+        name=record.name,
+        size_bytes=record.size_bytes,
+        read_only=False,
+        description=f"Millpond volume {record.id}",
+    )
+
+
+def _export_error(error: CacheError, name: str) -> ExportError:
+    """A refusal of ours in the words of the handshake."""
+    message = f"volume {escaped(name)}: {error}"
+    if isinstance(error, VolumeBusy):
+        return ExportError("busy", message)
+    if isinstance(error, VolumeUnknown):
+        return ExportError("unknown", message)
+    return ExportError("platform", message)

@@ -1,0 +1,510 @@
+"""One volume at this cache: epochs, "dirty" on record, destage, giving back.
+
+States: CLOSED -> OPEN -> CLOSING -> CLOSED, and FAILED, which only a restart leaves.  All calls to
+the stores about a volume run under its lock, one at a time.  README.md has the order of steps and
+what a crash between any two of them leaves behind.
+
+Rules:
+* open: compare-and-swap at the stores first, the engine second; positions.py says when never.
+* dirty: the stores first, the engine second (it acknowledges nothing before); the other way round
+  when it is taken off the record.
+* giving back: the engine first, the stores second.
+* a call whose outcome is unknown is repeated; when it was to take "dirty" off the record, "dirty"
+  is put on again instead, which is right whatever happened.
+"""
+
+import asyncio
+import errno
+import logging
+import os
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import StrEnum
+
+from millpond.cache import limits
+from millpond.cache.chance import Chance
+from millpond.cache.destage import VolumeDestage, find_volume
+from millpond.cache.errors import (
+    CacheError,
+    StoreAway,
+    VolumeBusy,
+    VolumeFenced,
+    VolumeRefused,
+    escaped,
+)
+from millpond.cache.events import EngineEvents
+from millpond.cache.positions import check_still_ours, first_sequence_of, slots_are_valid
+from millpond.cache.replicas import ReplicaSet, VolumeRecord
+from millpond.cache.shaping import Admission, RateLimits, Shaper
+from millpond.cache.tasks import Backoff, Tasks
+from millpond.native.engine import Closed, DirtyClear, Engine, NativeError, Opened
+
+log = logging.getLogger("millpond.cache")
+
+
+class State(StrEnum):
+    """Of a volume at this cache."""
+
+    CLOSED = "closed"
+    OPEN = "open"
+    CLOSING = "closing"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """What every volume of a daemon works with."""
+
+    engine: Engine
+    events: EngineEvents
+    chance: Chance
+    tasks: Tasks
+    host: Admission
+    volume_rates: RateLimits
+    connected: Callable[[int, "Volume"], None]
+
+    @property
+    def cache_id(self) -> bytes:
+        """Who we are in holders."""
+        return self.engine.cache_id
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """One writable open, durable at the stores, not yet known to the engine."""
+
+    record: VolumeRecord
+    lineage: int
+    keep_slots: bool
+    undestaged: bool
+
+
+class Volume:
+    """One volume, from the first client until it is given back.  Event loop only."""
+
+    def __init__(self, volume_id: bytes, replicas: ReplicaSet, world: World) -> None:
+        self.id = volume_id
+        self.state = State.CLOSED
+        self.problem = ""
+        self.record: VolumeRecord | None = None
+        self.connections: set[int] = set()
+        self.dirty_recorded = False
+        self.destage: VolumeDestage | None = None
+        self.shaper = Shaper(Admission(world.volume_rates), world.host)
+        self._replicas = replicas
+        self._world = world
+        self._lock = asyncio.Lock()
+        self._users = 0  # handshakes under way: attached, not handed over yet
+        self._drained = True
+        self._stopping = False
+        self._idle_timer: asyncio.TimerHandle | None = None
+        self._destage_task: asyncio.Task[None] | None = None
+        self._closed_epoch: int | None = (
+            None  # given back under this epoch, with everything shipped
+        )
+        self._not_open = asyncio.Event()
+        self._not_open.set()
+
+    @property
+    def label(self) -> str:
+        """For logs: the name when we know it."""
+        return escaped(self.record.name if self.record is not None else self.id.hex())
+
+    # -- clients
+
+    async def attach(self) -> VolumeRecord:
+        """A client wants the volume: open it unless it is.  Every attach needs one detach."""
+        if self.state is not State.OPEN:
+            async with self._lock:
+                if self.state is State.CLOSED:
+                    await self._open()
+        if self.state is not State.OPEN:
+            raise VolumeRefused(self.problem or "the volume is being given back; try again")
+        assert self.record is not None
+        self._users += 1
+        self._cancel_idle()
+        return self.record
+
+    def detach(self) -> None:
+        """The client of an attach was handed over, or went away."""
+        self._users -= 1
+        assert self._users >= 0
+        self._arm_idle()
+
+    def connect(self, sock: socket.socket, received: bytes) -> None:
+        """Hand the client's socket to the engine, which owns it from here."""
+        if self.state is not State.OPEN:
+            sock.close()
+            raise VolumeRefused(self.problem or "the volume is being given back; try again")
+        descriptor = sock.detach()
+        cookie = self._world.events.new_cookie()
+        self.connections.add(cookie)
+        self._world.connected(cookie, self)
+        try:
+            self._world.engine.connect(
+                self.id, descriptor, read_only=False, received=received, cookie=cookie
+            )
+        except NativeError:
+            self.connection_closed(cookie)
+            raise
+
+    def connection_closed(self, cookie: int) -> None:
+        """The engine is done with a connection."""
+        self.connections.discard(cookie)
+        self._arm_idle()
+
+    def disconnect_all(self) -> None:
+        """End every connection; accepted mutations finish."""
+        for cookie in list(self.connections):
+            with suppress(NativeError):  # gone already: ConnectionClosed is under way
+                self._world.engine.disconnect(cookie)
+
+    # -- news from the engine and from destage
+
+    def dirty_ready(self) -> None:
+        """There is something to ship."""
+        self._drained = False
+        self._cancel_idle()
+        if self.destage is not None:
+            self.destage.ready()
+
+    def need_dirty(self) -> None:
+        """Mutations wait until "dirty here" is on record."""
+        self._world.tasks.spawn(self._record_dirty(), f"record-dirty-{self.id.hex()}")
+
+    def fail(self, problem: str) -> None:
+        """Stop this volume loudly; what is dirty stays on the device."""
+        if self.state is State.FAILED:
+            return
+        self.state = State.FAILED
+        self.problem = problem
+        self._not_open.set()
+        self._cancel_idle()
+        log.error("volume failed volume=%s problem=%s", self.label, escaped(problem))
+        self.disconnect_all()
+        if self._destage_task is not None and self._destage_task is not asyncio.current_task():
+            self._destage_task.cancel()
+
+    def _is_drained(self) -> None:
+        self._drained = True
+        self._arm_idle()
+
+    # -- start and stop of the daemon
+
+    async def resume(self) -> None:
+        """The device holds dirty records: open again, destage goes on by itself."""
+        backoff = Backoff()
+        while True:
+            try:
+                async with self._lock:
+                    if self.state is State.CLOSED:
+                        await self._open()
+                return
+            except StoreAway as error:
+                self.problem = str(error)
+                await backoff.wait()
+            except CacheError as error:
+                self.fail(f"writes on this device were not shipped and are kept: {error}")
+                return
+
+    async def give_back_leftover(self, record: VolumeRecord) -> None:
+        """A crash left the volume open at the store, with nothing of ours to ship."""
+        async with self._lock:
+            known = find_volume(self._world.engine, self.id)
+            if self.state is not State.CLOSED or (known is not None and known.has_undestaged):
+                return
+            self.record = record
+            try:
+                check_still_ours(record, known, self._world.cache_id)
+            except VolumeRefused as error:
+                self.fail(str(error))
+                return
+            await self._tell_closed(record)
+
+    async def stop(self) -> None:
+        """Give the volume back as soon as it is drained; the caller bounds the wait."""
+        self._stopping = True
+        if self.state is State.OPEN and self.destage is not None:
+            self.destage.hurry()
+            self._arm_idle()
+        await self._not_open.wait()
+
+    # -- opening; the lock is held
+
+    async def _open(self) -> None:
+        """Fence the others, then tell the engine."""
+        opening = await self._open_at_stores()
+        self.record = opening.record
+        refusal = await self._open_at_engine(opening)
+        if refusal:
+            if not opening.undestaged:
+                with suppress(CacheError):
+                    await self._replicas.close(opening.record, cache_id=self._world.cache_id)
+            raise VolumeRefused(refusal)
+        self.state = State.OPEN
+        self.problem = ""
+        self._not_open.clear()
+        self._drained = not opening.undestaged
+        self._start_destage(opening.record.name)
+        self._after_open(opening)
+        self._arm_idle()
+
+    async def _open_at_stores(self) -> Opening:
+        """Compare-and-swap epoch + 1, after making sure that the newest writes are known."""
+        cache_id = self._world.cache_id
+        for _ in range(limits.OPEN_RACES_MAX):
+            before = self.record = await self._replicas.show(self.id)
+            known = find_volume(self._world.engine, self.id)
+            check_still_ours(before, known, cache_id)
+            lineage = self._world.chance.new_lineage()
+            try:
+                after = await self._replicas.open(
+                    before,
+                    cache_id=cache_id,
+                    lineage=lineage,
+                    first_sequence=first_sequence_of(before, known),
+                )
+            except VolumeFenced:
+                continue  # somebody was faster, perhaps an earlier attempt of ours: look again
+            undestaged = known is not None and known.has_undestaged
+            if undestaged and after.dirty_holder != cache_id.hex():
+                # The engine takes it for recorded when it finds such records: make it true first.
+                after = await self._replicas.record_dirty(after, cache_id=cache_id, dirty=True)
+            return Opening(
+                record=after,
+                lineage=lineage,
+                keep_slots=self._closed_epoch == before.epoch
+                or slots_are_valid(before, known, cache_id),
+                undestaged=undestaged,
+            )
+        raise VolumeBusy("other caches keep opening the volume; try again")
+
+    async def _open_at_engine(self, opening: Opening) -> str:
+        """Tell the engine; returns why it refuses, or nothing.
+
+        It is busy while anything of the volume, or any fetch, is under way: then again.
+        """
+        backoff = Backoff(limits.ENGINE_BUSY_FIRST_S, limits.ENGINE_BUSY_MAX_S)
+        give_up_s = asyncio.get_running_loop().time() + limits.OPEN_WAIT_S
+        while True:
+            status, message = await self._ask_to_open(opening)
+            if status == 0:
+                return ""
+            if status != -errno.EBUSY or asyncio.get_running_loop().time() > give_up_s:
+                return message or f"the engine refuses: {os.strerror(abs(status))}"
+            await backoff.wait()
+
+    async def _ask_to_open(self, opening: Opening) -> tuple[int, str]:
+        world, record = self._world, opening.record
+        cookie = world.events.new_cookie()
+        try:
+            answer = await world.events.ask(
+                Opened,
+                cookie,
+                lambda: world.engine.open_volume(
+                    self.id,
+                    size_bytes=record.size_bytes,
+                    epoch=record.epoch,
+                    lineage=opening.lineage,
+                    applied_sequence=record.applied_sequence,
+                    keep_slots=opening.keep_slots,
+                    cookie=cookie,
+                ),
+            )
+        except NativeError as error:
+            return -(error.errno or errno.EIO), str(error)
+        return answer.status, answer.message
+
+    def _after_open(self, opening: Opening) -> None:
+        """Bring "dirty" and destage to where the stores and the device are."""
+        record = opening.record
+        log.info(
+            "volume opened volume=%s epoch=%d applied=%d keep_slots=%s undestaged=%s",
+            self.label,
+            record.epoch,
+            record.applied_sequence,
+            opening.keep_slots,
+            opening.undestaged,
+        )
+        if record.dirty_holder == self._world.cache_id.hex():
+            self._told_dirty()
+        if opening.undestaged:
+            assert self.destage is not None
+            self.destage.ready()
+
+    def _start_destage(self, name: str) -> None:
+        world = self._world
+        self.destage = VolumeDestage(
+            self.id,
+            name,
+            engine=world.engine,
+            events=world.events,
+            streams=self._replicas.destage,
+            shaper=self.shaper,
+            on_drained=self._is_drained,
+        )
+        self._destage_task = world.tasks.spawn(self._ship(self.destage), f"destage-{self.id.hex()}")
+
+    async def _ship(self, destage: VolumeDestage) -> None:
+        try:
+            await destage.run()
+        except CacheError as error:
+            if not self._world.events.failed:
+                self.fail(str(error))
+
+    # -- "dirty" on record
+
+    async def _record_dirty(self) -> None:
+        """The stores first; only then may the engine acknowledge what only we have."""
+        async with self._lock:
+            await self._put_dirty()
+
+    async def _put_dirty(self) -> None:
+        """Lock held."""
+        backoff = Backoff()
+        while self.state is State.OPEN and not self.dirty_recorded:
+            assert self.record is not None
+            try:
+                self.record = await self._replicas.record_dirty(
+                    self.record, cache_id=self._world.cache_id, dirty=True
+                )
+            except StoreAway as error:
+                self._wait_note(error, backoff)
+                await backoff.wait()
+            except CacheError as error:
+                self.fail(str(error))
+            else:
+                self._told_dirty()
+
+    def _told_dirty(self) -> None:
+        """It is on the record of every in-sync store."""
+        self.dirty_recorded = True
+        self._world.engine.dirty_recorded(self.id, True)
+
+    async def _clear_at_engine(self) -> bool:
+        """From True on the engine acknowledges no mutation before it has asked for "dirty"."""
+        answer = await self._world.events.ask(
+            DirtyClear, self.id, lambda: self._world.engine.dirty_recorded(self.id, False)
+        )
+        if answer.status != 0:  # written since
+            self.dirty_ready()
+            return False
+        self.dirty_recorded = False
+        return True
+
+    async def _clear_dirty(self) -> None:
+        """Drained, with clients: take "dirty" off the record.  Lock held."""
+        if not await self._clear_at_engine():
+            return
+        assert self.record is not None
+        try:
+            self.record = await self._replicas.record_dirty(
+                self.record, cache_id=self._world.cache_id, dirty=False
+            )
+        except StoreAway as error:
+            log.warning("unknown outcome volume=%s reason=%s", self.label, escaped(str(error)))
+            await self._put_dirty()
+        except CacheError as error:
+            self.fail(str(error))
+
+    def _wait_note(self, error: StoreAway, backoff: Backoff) -> None:
+        if backoff.is_first:
+            log.warning("waiting volume=%s reason=%s", self.label, escaped(str(error)))
+
+    # -- idle
+
+    def _cancel_idle(self) -> None:
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+            self._idle_timer = None
+
+    def _arm_idle(self) -> None:
+        """Drained: take "dirty" off the record after a while, give back what nobody uses."""
+        self._cancel_idle()
+        if self.state is not State.OPEN or not self._drained:
+            return
+        in_use = self._users > 0 or len(self.connections) > 0
+        if in_use and not self.dirty_recorded:
+            return
+        delay_s = limits.DIRTY_IDLE_S if in_use else limits.RELEASE_IDLE_S
+        self._idle_timer = asyncio.get_running_loop().call_later(
+            0.0 if self._stopping else delay_s, self._idle
+        )
+
+    def _idle(self) -> None:
+        self._idle_timer = None
+        if not self._world.tasks.closing:
+            self._world.tasks.spawn(self._settle(), f"settle-{self.id.hex()}")
+
+    async def _settle(self) -> None:
+        async with self._lock:
+            if self.state is not State.OPEN or not self._drained:
+                return
+            if self._users == 0 and not self.connections:
+                await self._release()
+            elif self.dirty_recorded:
+                await self._clear_dirty()
+
+    # -- giving back; the lock is held
+
+    async def _release(self) -> None:
+        """No client, nothing to ship: the engine first, the stores second."""
+        assert self.record is not None
+        self.state = State.CLOSING
+        was_recorded = self.dirty_recorded
+        if was_recorded and not await self._clear_at_engine():
+            self._stay_open()
+            return
+        if not await self._close_at_engine():
+            if was_recorded:  # the stores still have it on record
+                self._told_dirty()
+            self._stay_open()
+            return
+        await self._end_destage()
+        if self.state is State.CLOSING:
+            self.state = State.CLOSED
+            self._closed_epoch = self.record.epoch
+        await self._tell_closed(self.record)
+        self._not_open.set()
+
+    def _stay_open(self) -> None:
+        """Something came in between: try again later."""
+        if self.state is State.CLOSING:
+            self.state = State.OPEN
+            self._arm_idle()
+
+    async def _close_at_engine(self) -> bool:
+        world = self._world
+        cookie = world.events.new_cookie()
+        answer = await world.events.ask(
+            Closed,
+            cookie,
+            lambda: world.engine.close_volume(self.id, forget_slots=False, cookie=cookie),
+        )
+        return answer.status == 0
+
+    async def _end_destage(self) -> None:
+        task, self._destage_task = self._destage_task, None
+        self.destage = None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def _tell_closed(self, record: VolumeRecord) -> None:
+        """The stores may give the volume to others.  A new epoch cancels a call that got lost."""
+        backoff = Backoff()
+        while True:
+            try:
+                await self._replicas.close(record, cache_id=self._world.cache_id)
+            except StoreAway as error:
+                self._wait_note(error, backoff)
+                await backoff.wait()
+            except CacheError as error:
+                # Somebody took it over; everything of ours had arrived before.
+                log.warning("taken over volume=%s reason=%s", self.label, escaped(str(error)))
+                return
+            else:
+                log.info("volume given back volume=%s epoch=%d", self.label, record.epoch)
+                return

@@ -1,0 +1,1 @@
+"""The `millpond` command and the entry points of the daemons."""

@@ -1,0 +1,127 @@
+"""What the daemons of the command line share: log lines, signals, errors as one line.
+
+Logs go to stderr, one line each, `level=... room=... message key=value`; what the message quotes
+from outside was escaped where it was written.
+"""
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Awaitable, Iterator, Sequence
+from contextlib import contextmanager
+from urllib.parse import quote
+
+from millpond.cache.control import ControlServer
+from millpond.cache.daemon import CacheDaemon
+from millpond.cache.errors import CacheError, StoreAway, VolumeBusy, VolumeFenced, VolumeUnknown
+from millpond.cache.shaping import RateLimits
+from millpond.cache.status import handlers_of
+from millpond.cli.output import parse_size
+from millpond.cli.run import BUSY, FAILED, NOT_FOUND, UNREACHABLE, USAGE, CommandError
+from millpond.nbd.errors import NbdError
+from millpond.nbd.server import NbdServer
+
+
+def log_to_stderr() -> None:
+    """One line per event; tracebacks only for what must not happen."""
+    logging.basicConfig(
+        format="level=%(levelname)s room=%(name)s %(message)s",
+        level=logging.INFO,
+        stream=sys.stderr,
+    )
+
+
+@contextmanager
+def expected_errors() -> Iterator[None]:
+    """Expected failures of cache and nbd become one line and an exit code."""
+    try:
+        yield
+    except (VolumeBusy, VolumeFenced) as error:
+        raise CommandError(str(error), exit_code=BUSY) from None
+    except VolumeUnknown as error:
+        raise CommandError(str(error), exit_code=NOT_FOUND) from None
+    except StoreAway as error:
+        raise CommandError(str(error), exit_code=UNREACHABLE) from None
+    except (CacheError, NbdError) as error:
+        raise CommandError(str(error), exit_code=FAILED) from None
+
+
+class StopSignals:
+    """SIGTERM and SIGINT ask to stop; a second one changes nothing."""
+
+    def __init__(self) -> None:
+        self._asked = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._asked.set)
+
+    def ask(self) -> None:
+        """As if a signal had come (the control socket's stop)."""
+        self._asked.set()
+
+    async def wait(self) -> None:
+        """Until asked to stop."""
+        await self._asked.wait()
+
+
+async def first_of(*waits: Awaitable[object]) -> None:
+    """Until the first of them is done; its exception is raised, the others are cancelled."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def serve_cache(
+    daemon: CacheDaemon,
+    *,
+    nbd_path: str,
+    control_path: str | None,
+    signals: StopSignals,
+    ready_lines: Sequence[str],
+    also: Sequence[Awaitable[object]] = (),
+) -> None:
+    """Serve guests and the control socket until asked to stop, or until something has failed."""
+    nbd = NbdServer(daemon.exports, engine_connections=lambda: daemon.connection_count)
+    control = ControlServer(handlers_of(daemon, signals.ask), daemon.tasks)
+    try:
+        if control_path is not None:
+            await control.listen(control_path)
+        await nbd.serve_unix(nbd_path)
+        for line in ready_lines:
+            print(line, flush=True)
+        await first_of(signals.wait(), _failed(daemon), *also)
+    finally:
+        await nbd.close()
+        await control.close()
+        clean = await daemon.stop()
+    if not clean:
+        raise CommandError("the cache did not stop cleanly; it will recover at the next start")
+
+
+async def _failed(daemon: CacheDaemon) -> None:
+    """Raise when the cache has failed."""
+    reason = await asyncio.shield(daemon.failed)
+    raise CommandError(f"the cache stopped: {reason}")
+
+
+def nbd_uri(socket_path: str) -> str:
+    """How clients name the default export of a socket."""
+    return f"nbd+unix:///?socket={quote(socket_path)}"
+
+
+def parse_rates(average: str | None, peak: str | None) -> RateLimits:
+    """--average-rate and --peak-rate, in bytes per second like 20MiB."""
+    try:
+        return RateLimits(
+            parse_size(average) if average is not None else None,
+            parse_size(peak) if peak is not None else None,
+        )
+    except ValueError as error:
+        raise CommandError(str(error), exit_code=USAGE) from None

@@ -1,0 +1,56 @@
+"""Every limit of this room, with its reason and its relations to the others.
+
+A guest's connection is trusted with its own volume and with nothing else: it may not use up
+memory, descriptors or patience of the process that serves the other guests.
+"""
+
+from dataclasses import dataclass
+
+from millpond.nbd.wire import OPTION_HEADER, STRING_BYTES_MAX
+
+# What INFO_BLOCK_SIZE says.  Minimum 1: any alignment is served, partial blocks are merged in
+# the engine.  Preferred: the block of the formats (4 KiB).  Maximal payload: what the kernel's
+# client sends at most, and the default that a client without this information may assume.
+BLOCK_BYTES_MIN = 1
+BLOCK_BYTES_PREFERRED = 4096
+PAYLOAD_BYTES_MAX = 32 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class NbdLimits:
+    """Limits of one NbdServer; the defaults ship, tests shrink them."""
+
+    # One option's data.  Two strings of the longest kind and all info kinds fit many times.
+    option_data_bytes_max: int = 64 << 10
+    # Options of one handshake, and more for each listed export, because `nbdinfo --list` asks
+    # for INFO on every one of them.
+    options_max: int = 64
+    options_per_listed_export: int = 8
+    # One receive.  What is read beyond the last option goes to the engine in one piece.
+    receive_bytes: int = 64 << 10
+    # Handshakes at a time; more wait in the listen backlog.  Idle ones end by the deadline.
+    handshakes_max: int = 64
+    # Connections of all exports, those in the engine included.  Beyond it: accepted and closed.
+    connections_max: int = 1024
+    # Clients that connect without blocking (libnbd) fail at once when the backlog is full.
+    listen_backlog: int = 1024
+    # How long one handshake may wait for its client, all waits together (qemu: 10 s too).
+    client_timeout_s: float = 10.0
+    # How long an export may take to be described or opened: a store that does not answer.
+    export_timeout_s: float = 30.0
+    # How long close() lets handshakes finish that are under way.
+    drain_timeout_s: float = 2.0
+    # Pause after accept failed (out of descriptors): without it the loop would spin.
+    accept_pause_s: float = 0.5
+
+    def __post_init__(self) -> None:
+        """The relations that the code relies on."""
+        assert self.option_data_bytes_max >= 2 * STRING_BYTES_MAX
+        assert self.options_max >= 1
+        assert self.handshakes_max <= self.connections_max
+        assert min(self.client_timeout_s, self.export_timeout_s, self.accept_pause_s) > 0
+
+    @property
+    def buffered_bytes_max(self) -> int:
+        """What one handshake holds at most: an option that lacks its last byte, and a receive."""
+        return OPTION_HEADER.size + self.option_data_bytes_max + self.receive_bytes

@@ -1,0 +1,1 @@
+"""The storage server: catalogue, connections, wire protocol (both ends of it) and transfers."""

@@ -1,0 +1,163 @@
+"""The store daemon: one directory, one core, one server.
+
+Happy path: lock the directory, (format it when told and empty), recover, start the core's reactor,
+listen, serve until asked to stop, then finish what was accepted, checkpoint, unlock.
+Failure modes: the directory is served by another process: refused with one line, nothing touched.
+It holds no store: refused unless told to format. The core stops (disk failed), or a task dies:
+serve() raises it, so the process ends with a line and a supervisor may start it anew.
+"""
+
+import asyncio
+import logging
+import os
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as package_version
+from typing import Any
+
+from millpond.store import limits, wire
+from millpond.store.address import Address, check_exposure, parse_address
+from millpond.store.catalogue import Catalogue
+from millpond.store.control import ControlOperations, ControlSession
+from millpond.store.data import DataSession
+from millpond.store.directory import SOCKET_NAME, OpenStore
+from millpond.store.errors import one_line
+from millpond.store.link import CoreLink
+from millpond.store.server import Connection, Server
+from millpond.store.session import Session
+
+log = logging.getLogger("millpond.store")
+
+
+class StoreDaemon:
+    """A running store. Create with `await StoreDaemon.start(...)`; then serve(), then close()."""
+
+    def __init__(self, directory: str, store: OpenStore) -> None:
+        self.directory = directory
+        self.addresses: list[Address] = []
+        self.core = store.core
+        self.store_id = store.store_id
+        self._store = store
+        self._started_s = asyncio.get_running_loop().time()
+        self._stop = asyncio.Event()
+        self._failure: BaseException | None = None
+        self._closed = False
+        self.link = CoreLink(self.core, store.notify_fd, self._fail)
+        self.catalogue = Catalogue(self.link)
+        self._operations = ControlOperations(self.catalogue, self.core.volume_bytes, self.status)
+        self.greeting = wire.HelloReply(
+            wire_version=wire.WIRE_VERSION,
+            store_id=store.store_id.hex(),
+            max_frame_bytes=wire.PAYLOAD_MAX_BYTES,
+            version=f"millpond {own_version()}",
+        )
+        self.server: Server | None = None
+
+    @classmethod
+    async def start(
+        cls,
+        directory: str,
+        *,
+        listen: Sequence[str] = (),
+        insecure_listen: bool = False,
+        format_when_empty: bool = False,
+        segment_bytes: int = 0,
+        unix_mode: int = 0o660,
+        unix_group_id: int | None = None,
+        handshake_timeout_s: float = limits.HANDSHAKE_TIMEOUT_S,
+        connections_max: int = limits.CONNECTIONS_MAX,
+    ) -> "StoreDaemon":
+        """Open the store in directory and listen on its socket and on every address given.
+
+        segment_bytes: of a newly formatted store, 0 for the default.
+        """
+        addresses = [parse_address(f"unix:{os.path.join(directory, SOCKET_NAME)}")]
+        addresses += [parse_address(text) for text in listen]
+        addresses = list(dict.fromkeys(addresses))
+        for address in addresses:
+            check_exposure(address, insecure_listen=insecure_listen)
+        store = OpenStore(
+            directory, format_when_empty=format_when_empty, segment_bytes=segment_bytes
+        )
+        daemon = None
+        try:
+            store.core.start()
+            daemon = cls(directory, store)
+            daemon.link.start()
+            daemon.server = Server(
+                greeting=daemon.greeting,
+                make_session=daemon._make_session,
+                on_failure=daemon._fail,
+                insecure_listen=insecure_listen,
+                handshake_timeout_s=handshake_timeout_s,
+                connections_max=connections_max,
+            )
+            for address in addresses:
+                daemon.addresses.append(
+                    await daemon.server.listen(address, mode=unix_mode, group_id=unix_group_id)
+                )
+        except BaseException:
+            if daemon is not None:
+                await daemon.close()
+            else:
+                store.close()
+            raise
+        return daemon
+
+    async def serve(self) -> None:
+        """Serve until request_stop() or a failure, then close. Raises the failure."""
+        try:
+            await self._stop.wait()
+        finally:
+            await self.close()
+        if self._failure is not None:
+            raise self._failure
+
+    def request_stop(self) -> None:
+        """Make serve() return; event loop only (a signal handler of the loop)."""
+        self._stop.set()
+
+    async def close(self) -> None:
+        """Finish what was accepted, checkpoint, give the directory back. Twice is no error."""
+        if self._closed:
+            return
+        self._closed = True
+        if self.server is not None:
+            await self.server.close()
+        self.link.stop()
+        self._store.close()
+
+    def status(self) -> dict[str, Any]:
+        """Counters of the core and of the daemon, for the status call."""
+        server = self.server
+        assert server is not None
+        return {
+            "store_id": self.store_id.hex(),
+            "version": self.greeting.version,
+            "directory": self.directory,
+            "listening": [str(address) for address in self.addresses],
+            "uptime_s": asyncio.get_running_loop().time() - self._started_s,
+            "connections": len(server.connections),
+            "connections_max": server.connections_max,
+            "refused_connections": server.refused_connections,
+            **self.core.counters(),
+        }
+
+    def _make_session(self, connection: Connection, hello: wire.Hello) -> Session:
+        if hello.role == "control":
+            return ControlSession(connection, self._operations)
+        return DataSession(connection, self.link, fetch=hello.role == "fetch")
+
+    def _fail(self, error: BaseException) -> None:
+        """Whatever died takes the daemon down, loudly; the first cause is the one to report."""
+        if self._failure is None:
+            self._failure = error
+            log.error("store stopped directory=%s: %s", self.directory, one_line(str(error)))
+        self._stop.set()
+
+
+def own_version() -> str:
+    try:
+        return package_version("millpond")
+    except PackageNotFoundError:  # run from a checkout
+        return "unversioned"
