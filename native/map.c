@@ -118,6 +118,26 @@ void store_tree_grow(struct mp_store *store, struct store_tree *tree, uint64_t k
 	}
 }
 
+int store_tree_move(struct mp_store *store, struct store_tree *tree,
+		    const struct mp_page_descriptor *about, uint64_t segment)
+{
+	struct mp_page_ref *ref;
+	struct store_page *page;
+	uint32_t hole;
+	int error;
+
+	if (about->level > tree->height || !covers(tree, about->first_key))
+		return 0;
+	error = walk(store, tree, about->first_key, about->level, STORE_LOOK, &ref, &hole);
+	if (error || !ref || ref->place >> MP_PLACE_PAGE_BITS != segment ||
+	    ref->checksum != about->checksum)
+		return error;
+	error = walk(store, tree, about->first_key, about->level, STORE_DIRTY, &ref, &hole);
+	if (!error)
+		error = step(store, tree, about->first_key, about->level, STORE_DIRTY, ref, &page);
+	return error ? error : 1;
+}
+
 int store_extent_get(struct mp_store *store, uint64_t address, enum store_walk how,
 		     struct mp_extent_entry **entry)
 {

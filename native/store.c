@@ -221,6 +221,7 @@ static void turn(struct mp_store *store)
 	store_log_advance(store);
 	store_graves_advance(store);
 	store_checkpoint_advance(store);
+	store_sweep_advance(store);
 	store_reclaim(store);
 	store_pages_trim(store);
 	wind_down(store);
@@ -365,6 +366,7 @@ void mp_store_free(struct mp_store *store)
 		}
 	}
 	store_pages_free(store);
+	free(store->sweep.head);
 	store_segments_free(store);
 	free(store->origins);
 	pthread_mutex_destroy(&store->mutex);

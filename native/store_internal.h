@@ -173,6 +173,17 @@ struct store_grave {
 	uint32_t level, kind;
 };
 
+/* A round through mostly dead meta segments. */
+struct store_sweep {
+	struct store_io io;
+	struct store_wait wait;
+	uint8_t *head;                     /* of the group at segment, offset; NULL: none read */
+	uint64_t segment, offset_bytes, group_bytes;
+	uint64_t budget_pages;             /* 0: no round */
+	uint32_t index, count;             /* descriptors of the group */
+	uint8_t reading, blocked;
+};
+
 struct store_checkpoint;
 
 struct mp_store {
@@ -235,6 +246,7 @@ struct mp_store {
 	struct store_wait grave_wait;
 	uint8_t grave_blocked;
 
+	struct store_sweep sweep;
 	struct store_read *reads;
 	struct store_queue reads_waiting;
 	uint32_t reads_in_flight;
@@ -304,6 +316,9 @@ enum store_walk { STORE_LOOK, STORE_DIRTY, STORE_CREATE };
 int store_tree_leaf(struct mp_store *store, struct store_tree *tree, uint64_t key, enum store_walk how,
 		    uint8_t **leaf); /* 0 and NULL: a hole */
 void store_tree_grow(struct mp_store *store, struct store_tree *tree, uint64_t keys);
+/* Make the page dirty if it is the one about tells of, in that segment. 1: it was; 0; -errno. */
+int store_tree_move(struct mp_store *store, struct store_tree *tree,
+		    const struct mp_page_descriptor *about, uint64_t segment);
 int store_extent_get(struct mp_store *store, uint64_t address, enum store_walk how,
 		     struct mp_extent_entry **entry);
 void store_extent_kill(struct mp_store *store, struct store_volume *volume, uint64_t address);
@@ -354,6 +369,10 @@ int store_checkpoint_load(struct mp_store *store, char *message, uint64_t messag
 void store_super_seal(struct mp_store_super *super);
 int store_super_load(struct mp_store *store, char *message, uint64_t message_bytes);
 int64_t store_super_write(struct mp_store *store); /* both copies, blocking: recovery only */
+
+/* storesweep.c */
+void store_sweep_start(struct mp_store *store);
+void store_sweep_advance(struct mp_store *store);
 
 /* storeread.c */
 void store_read_start(struct mp_store *store, struct store_request *request);

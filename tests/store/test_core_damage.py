@@ -87,7 +87,9 @@ def test_damage_below_the_synced_point_refuses_to_open(world: World) -> None:
         file, at = find(world, needle[:64])
         flip(world, file, at)
         for _ in range(2):
-            with pytest.raises(StoreOpenError, match=f"segment {file} is damaged at offset") as caught:
+            with pytest.raises(
+                StoreOpenError, match=f"segment {file} is damaged at offset"
+            ) as caught:
                 world.open()
             assert "\n" not in str(caught.value)
             world.shut()
