@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from millpond.native._native import ffi, lib
+from millpond.native import ffi, lib
 
 FRACTIONS = (0.01, 0.05, 0.10, 0.20, 0.40)
 ORIGIN = 1

@@ -121,6 +121,8 @@ class BuildNative(build_ext):
         ffi = make_ffi()
         ffi.emit_c_code(str(generated))
         ext.sources = [*ext.sources, str(generated)]
+        # Every header: a forgotten one would leave stale objects behind after an edit.
+        ext.depends = [*ext.depends, *map(str, sorted(HERE.glob("*.h")))]
         if sanitizer := os.environ.get("MILLPOND_SANITIZE"):
             ext.extra_compile_args += [f"-fsanitize={sanitizer}", "-fno-omit-frame-pointer", "-O1"]
             ext.extra_link_args += [f"-fsanitize={sanitizer}"]

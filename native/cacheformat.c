@@ -35,6 +35,13 @@ static bool inside(uint64_t offset, uint64_t count, uint64_t each, uint64_t end)
 	       count <= (end - offset) / each;
 }
 
+/* Recovery and scans read a segment in whole steps. */
+static bool segment_is_possible(uint64_t bytes)
+{
+	return bytes >= SEGMENT_BYTES_MIN && bytes <= MP_CACHE_SEGMENT_BYTES &&
+	       bytes % SCAN_STEP_BYTES == 0;
+}
+
 int super_check(const struct mp_cache_super *super, uint64_t device_bytes, char *message,
 		uint64_t message_bytes)
 {
@@ -55,7 +62,7 @@ int super_check(const struct mp_cache_super *super, uint64_t device_bytes, char 
 	}
 	if (super->reserved0 || !is_zero(super->reserved, sizeof super->reserved) ||
 	    super->shard_index >= super->shard_count || super->checkpoint_area > 1 ||
-	    super->log_segment_bytes != MP_CACHE_SEGMENT_BYTES ||
+	    !segment_is_possible(super->log_segment_bytes) ||
 	    super->log_segment_count < SEGMENTS_MIN || super->log_segment_count > UINT32_MAX - 1 ||
 	    super->slot_bytes < MP_BLOCK_BYTES || super->slot_bytes % MP_BLOCK_BYTES ||
 	    super->slot_bytes > MP_SLOT_BLOCKS_MAX * MP_BLOCK_BYTES || super->slot_count == 0 ||
@@ -126,9 +133,10 @@ static uint64_t round_up(uint64_t value, uint64_t unit)
 }
 
 /* Room for the largest checkpoint: every index entry, tombstone, segment, volume and slot at once. */
-static uint64_t checkpoint_bytes(uint64_t segments, uint64_t slots, uint64_t slot_bytes)
+static uint64_t checkpoint_bytes(uint64_t segments, uint64_t log_bytes, uint64_t slots,
+				 uint64_t slot_bytes)
 {
-	uint64_t blocks = segments * (MP_CACHE_SEGMENT_BYTES / MP_BLOCK_BYTES), index = 1024;
+	uint64_t blocks = log_bytes / MP_BLOCK_BYTES, index = 1024;
 	uint64_t slot_entry = sizeof(struct mp_slot_entry) + slot_bytes / MP_BLOCK_BYTES * 4;
 
 	while (index * 3 / 4 < blocks)
@@ -142,15 +150,17 @@ static uint64_t checkpoint_bytes(uint64_t segments, uint64_t slots, uint64_t slo
 
 static int plan(struct mp_cache_super *super, const struct mp_cache_format_options *options)
 {
-	uint64_t segments = options->log_bytes / MP_CACHE_SEGMENT_BYTES, left, slots, area;
+	uint64_t segment = options->segment_bytes ? options->segment_bytes : MP_CACHE_SEGMENT_BYTES;
+	uint64_t segments = options->log_bytes / segment, log = segments * segment;
 	uint64_t device = options->device_bytes / MP_BLOCK_BYTES * MP_BLOCK_BYTES;
+	uint64_t left, slots, area;
 
-	if (segments < SEGMENTS_MIN || segments > UINT32_MAX / 2048 ||
-	    device < FIRST_AREA_BYTES + segments * MP_CACHE_SEGMENT_BYTES)
+	if (!segment_is_possible(segment) || segments < SEGMENTS_MIN ||
+	    segments > UINT32_MAX / 2048 || device < FIRST_AREA_BYTES + log)
 		return -EINVAL;
-	left = device - FIRST_AREA_BYTES - segments * MP_CACHE_SEGMENT_BYTES;
+	left = device - FIRST_AREA_BYTES - log;
 	slots = left / options->slot_bytes;
-	area = checkpoint_bytes(segments, slots, options->slot_bytes);
+	area = checkpoint_bytes(segments, log, slots, options->slot_bytes);
 	if (left < 2 * area + options->slot_bytes * 16)
 		return -EINVAL;
 	memset(super, 0, sizeof *super);
@@ -161,9 +171,9 @@ static int plan(struct mp_cache_super *super, const struct mp_cache_format_optio
 	super->checkpoint_offset_bytes[1] = FIRST_AREA_BYTES + area;
 	super->checkpoint_capacity_bytes = area;
 	super->log_offset_bytes = FIRST_AREA_BYTES + 2 * area;
-	super->log_segment_bytes = MP_CACHE_SEGMENT_BYTES;
+	super->log_segment_bytes = segment;
 	super->log_segment_count = segments;
-	super->slots_offset_bytes = super->log_offset_bytes + segments * MP_CACHE_SEGMENT_BYTES;
+	super->slots_offset_bytes = super->log_offset_bytes + log;
 	super->slot_bytes = options->slot_bytes;
 	super->slot_count = (device - super->slots_offset_bytes) / options->slot_bytes;
 	return 0;

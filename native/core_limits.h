@@ -18,6 +18,7 @@ enum {
 	APPEND_EXTENTS_MAX = 480,            /* extents per log record: header stays below 64 KiB */
 	APPEND_BYTES_MAX = 1024 * 1024,      /* payload per log record; far below a segment */
 	APPEND_IOVECS_MAX = 500,             /* below MP_IOV_MAX */
+	SEGMENT_BYTES_MIN = 1536 * 1024,     /* of the log; MP_CACHE_SEGMENT_BYTES is usual, and most */
 	RANGE_BLOCKS_MIN = 9,                /* trims from this many blocks on are tombstones */
 	TOMBSTONES_MAX = 65536,              /* per shard; more wait for destage and sweep */
 	SWEEP_STEPS = 256,                   /* table steps of sweeping per turn of the loop */
@@ -37,7 +38,8 @@ enum {
 /* Ages of dirty data are known to this resolution. */
 #define AGE_RESOLUTION_NS 100000000ULL
 
-_Static_assert(APPEND_BYTES_MAX + 65536 + MP_BLOCK_BYTES < MP_CACHE_SEGMENT_BYTES, "record fits a segment");
+_Static_assert(APPEND_BYTES_MAX + 65536 + MP_BLOCK_BYTES < SEGMENT_BYTES_MIN, "record fits a segment");
+_Static_assert(MP_CACHE_SEGMENT_BYTES % SCAN_STEP_BYTES == 0, "a segment is whole scan steps");
 _Static_assert(MP_RECORD_HEADER_BYTES + APPEND_EXTENTS_MAX * MP_EXTENT_BYTES <= 65536, "header fits");
 _Static_assert(SLICE_BYTES <= APPEND_BYTES_MAX, "one mutation fits one record");
 

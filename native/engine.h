@@ -23,6 +23,7 @@ struct mp_cache_format_options {
 	uint64_t slot_bytes;               /* 4096 to 65536, a power of two */
 	uint64_t log_bytes;                /* rounded down to whole segments */
 	uint8_t cache_id[16];
+	uint64_t segment_bytes;            /* of the log; 0: 8 MiB. Less is for tests: it wraps sooner */
 };
 /* Format the device behind driver (file 0): superblocks, log written once with zeroes, empty checkpoint. Blocking;
  * progress (may be NULL) is a counter of log bytes written so far, for another thread to show. Overwrites. */

@@ -181,8 +181,9 @@ void store_dispatch(struct mp_store *store)
 
 static int quiet(const struct mp_store *store)
 {
-	return store_log_idle(store) && !store->reads && !store->reads_waiting.head &&
-	       !store->checkpoint && !store->ios_in_flight;
+	if (store->reads || store->reads_waiting.head || store->ios_in_flight)
+		return 0;
+	return store->failure || (store_log_idle(store) && !store->checkpoint);
 }
 
 /* Asked to stop: what was accepted is finished, then one checkpoint, then nothing is in flight. */

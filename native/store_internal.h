@@ -153,7 +153,8 @@ struct store_group {
 	struct store_group *next;
 	uint8_t *buffer;
 	struct store_segment *segment;
-	struct store_queue requests;       /* answered when it was applied */
+	struct store_queue requests;       /* in it; answered when it was applied */
+	struct store_queue riders;         /* repeats of what is in it or before it; answered then too */
 	uint64_t length_bytes, offset_bytes, commit, checksum;
 	uint64_t apply_offset;             /* of the next record to apply; 0: none yet */
 	uint32_t record_count;
@@ -213,6 +214,7 @@ struct mp_store {
 	struct store_queue queue;          /* checked, not admitted */
 	struct store_group *groups, *groups_last;       /* appended, not durable */
 	struct store_group *durable, *durable_last;     /* to be applied */
+	struct store_group *building;
 	uint32_t groups_writing, groups_unapplied;
 	struct store_position position;    /* of the next group */
 	struct store_position applied;     /* behind the last applied group */

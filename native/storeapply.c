@@ -252,7 +252,8 @@ static void answer(struct mp_store *store, struct store_group *group)
 {
 	struct store_request *request;
 
-	while ((request = store_queue_pop(&group->requests)))
+	while ((request = store_queue_pop(&group->requests)) ||
+	       (request = store_queue_pop(&group->riders)))
 		store_reply(store, request, MP_STATUS_OK);
 	store_group_free(store, group);
 	store->groups_unapplied--;

@@ -91,7 +91,8 @@ void store_group_free(struct mp_store *store, struct store_group *group)
 
 	if (!group->in_request)
 		free(group->buffer);
-	while ((request = store_queue_pop(&group->requests)))
+	while ((request = store_queue_pop(&group->requests)) ||
+	       (request = store_queue_pop(&group->riders)))
 		store_request_free(store, request);
 	free(group);
 }
@@ -203,11 +204,13 @@ static void take(struct mp_store *store, struct store_group *group, uint64_t *by
 /* Answered when everything admitted before it is durable and applied. */
 static void ride_along(struct mp_store *store, struct store_request *request)
 {
-	struct store_group *last = store->groups_last ? store->groups_last : store->durable_last;
+	struct store_group *last = store->building;
 
+	if (!last)
+		last = store->groups_last ? store->groups_last : store->durable_last;
 	store->counters.repeated_batches++;
 	if (last)
-		store_queue_push(&last->requests, request);
+		store_queue_push(&last->riders, request);
 	else
 		store_reply(store, request, MP_STATUS_OK);
 }
@@ -248,12 +251,13 @@ static int build(struct mp_store *store)
 		store_reply(store, store_queue_pop(&store->queue), MP_STATUS_FULL);
 	if (room != 1)
 		return room == -ENOSPC;
-	group = store_allocate(sizeof *group);
+	group = store->building = store_allocate(sizeof *group);
 	do {
 		take(store, group, &bytes);
 		head = sort_out(store);
 	} while (head && bytes + record_bytes(head) <= STORE_GROUP_TARGET_BYTES &&
 		 fits(store, group_bytes(bytes + record_bytes(head)), head->batch.data_extents));
+	store->building = NULL;
 	fill(store, group, bytes);
 	submit_group(store, group);
 	return 1;
@@ -373,16 +377,22 @@ static void fail_queue(struct mp_store *store, struct store_queue *queue)
 		store_reply(store, request, MP_STATUS_IO);
 }
 
+static void fail_group(struct mp_store *store, struct store_group *group)
+{
+	fail_queue(store, &group->requests);
+	fail_queue(store, &group->riders);
+}
+
 void store_log_advance(struct mp_store *store)
 {
 	if (store->failure) {
 		fail_queue(store, &store->queue);
 		/* Buffers of requests may be in flight: answer from those that are not. */
 		for (struct store_group *group = store->groups; group; group = group->next)
-			if (group->state == STORE_GROUP_WRITTEN && !store->syncing)
-				fail_queue(store, &group->requests);
+			if (group->state == STORE_GROUP_WRITTEN)
+				fail_group(store, group);
 		for (struct store_group *group = store->durable; group; group = group->next)
-			fail_queue(store, &group->requests);
+			fail_group(store, group);
 		return;
 	}
 	while (store->queue.head && may_build(store) && build(store))

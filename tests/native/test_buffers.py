@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from millpond.native._native import ffi, lib
+from millpond.native import ffi, lib
 
 SIZES = [4096 << 2 * n for n in range(5)]
 LENGTHS = st.sampled_from([0, 1, 4096, 4097, 16384, 65536, 65537, 262144, 262145, 1048576])
@@ -163,7 +163,7 @@ def test_a_budget_below_one_buffer_is_refused() -> None:
 def test_putting_what_is_not_out_asserts(mistake: str) -> None:
     """Our own error stops the process: memory handed out twice would corrupt a disk."""
     code = (
-        "from millpond.native._native import ffi, lib\n"
+        "from millpond.native import ffi, lib\n"
         "p = lib.mp_buffers_new(1 << 20); b = lib.mp_buffers_get(p, 4096)\n" + mistake
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from millpond.native._native import ffi, lib
+from millpond.native import ffi, lib
 
 
 def new(capacity: int, seed: int = 1) -> Any:

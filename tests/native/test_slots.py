@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from models.slots_model import PINS_BUSY, SlotsModel
 
-from millpond.native._native import ffi, lib
+from millpond.native import ffi, lib
 
 UINT64_MAX = 2**64 - 1
 ORIGINS = st.integers(1, 2)

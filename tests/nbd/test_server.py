@@ -25,6 +25,9 @@ from millpond.nbd.limits import NbdLimits
 from millpond.nbd.server import NbdServer
 from millpond.nbd.wire import Command, CommandFlag, Error, Option, OptionReply, TransmissionFlag
 
+# Every situation here is one that the server warns about.
+pytestmark = pytest.mark.expects_warnings
+
 T = TypeVar("T")
 VOLUME = Export("vol", 1 << 20, False, "a disk")
 READ_ONLY = Export("ro", 1 << 20, True, "")
@@ -423,3 +426,39 @@ def test_close_leaves_a_successors_socket_file_alone(served: Served, loop: LoopT
         successor.bind(served.path)
         loop.run(server.close())
         assert os.path.exists(served.path)
+
+
+def test_failing_accept_pauses_and_is_logged_once(
+    served: Served, loop: LoopThread, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = served.start(accept_pause_s=0.02)
+    deaf = socket.socket(socket.AF_UNIX)  # never listens: each accept fails, as without descriptors
+    deaf.setblocking(False)
+    loop.loop.call_soon_threadsafe(server._serve, deaf)
+    wait_until(lambda: server.counts["cannot accept"] >= 5)
+    connect(served.uri()).close()
+    loop.run(server.close())
+    assert len(caplog.records) == 1
+
+
+class BrokenExports(MemoryExports):
+    """A bug of ours."""
+
+    async def describe(self, name: str) -> Export:
+        """Break."""
+        raise RuntimeError("a bug")
+
+
+def test_bug_behind_one_client_does_not_end_the_listener(
+    served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    served.exports = BrokenExports(VOLUME)
+    server = served.start()
+    with connect_socket(served.uri()) as sock:
+        negotiation = Negotiation(sock)
+        negotiation.greet()
+        with pytest.raises(ConnectionLost):
+            negotiation.info("vol")
+    assert server.counts["internal error"] == 1
+    assert "RuntimeError: a bug" in caplog.text
+    connect(served.uri()).close()

@@ -45,9 +45,7 @@ def test_trim_reads_as_zeroes(world: World) -> None:
 def test_everything_is_there_after_reopening(world: World) -> None:
     world.create()
     data = fill(1, 300)
-    assert (
-        world.write([Write(0, data[: 150 * BLOCK]), Write(150, data[150 * BLOCK :])], first=1) == OK
-    )
+    assert world.write([Write(0, data[: 150 * BLOCK]), Write(150, data[150 * BLOCK :])], first=1) == OK
     world.reopen()
     assert world.image(300) == data
 

@@ -1,0 +1,128 @@
+# Two commands do everything on a fresh Debian 12 with Python 3.11, make and git:
+#   make demo    build, install into .venv, and run the main job
+#   make test    install what the tests need and run them all
+# The rest: build, bench, lint, format, prove WHAT=skeleton, clean. System packages are
+# printed first; only those that are missing are installed, with sudo where not root.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules
+
+RUN := .run
+VENV := .venv
+# `import nbd` must never mean our room of that name: keep the current directory off sys.path.
+export PYTHONSAFEPATH := 1
+
+BUILD_PACKAGES := gcc libc6-dev liblz4-dev libxxhash-dev
+# Only the system's own Python needs these; another python3 brings its headers and venv.
+PYTHON_PACKAGES := python3-dev python3-venv
+DEMO_PACKAGES := qemu-system-x86 e2fsprogs busybox-static
+TEST_PACKAGES := fio libnbd-bin python3-libnbd nbdkit nbd-client qemu-utils
+BENCH_PACKAGES := fio nbdkit qemu-utils
+
+# The first python3 on PATH that is new enough.
+PYTHON := $(shell for p in python3 python3.11 python3.12 python3.13 /usr/bin/python3; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null && \
+	"$$p" -c 'import sys; print(sys.executable)' && break; done)
+ifneq ($(filter /usr/bin/%,$(PYTHON)),)
+BUILD_PACKAGES += $(PYTHON_PACKAGES)
+endif
+
+# Our C has no warnings; the build machine keeps it so. Elsewhere another compiler may know more.
+ifdef CI
+export CFLAGS := $(CFLAGS) -Werror
+endif
+
+NATIVE := $(wildcard native/*.c native/*.h native/build_native.py)
+
+.PHONY: help demo test build bench lint format prove clean
+help:
+	@sed -n '1,5s/^# \{0,1\}//p' Makefile
+
+give_up = { echo "make $(1)" >&2; exit 1; }
+
+# $(call install,what,packages): print the packages, install the missing ones.
+define install
+	@echo "make $(1): system packages: $(2)"
+	if ! command -v dpkg-query > /dev/null; then
+		echo "make $(1): not a Debian system: install the equivalents yourself"
+	else
+		missing=()
+		for package in $(2); do
+			state=$$(dpkg-query -W -f='$${db:Status-Status}' $$package 2>&1 || true)
+			[[ $$state == installed ]] || missing+=($$package)
+		done
+		if (($${#missing[@]})); then
+			echo "make $(1): installing $${missing[*]}"
+			sudo=()
+			if ((EUID != 0)); then
+				sudo=(sudo)
+				command -v sudo > /dev/null || $(call give_up,not root and no sudo)
+			fi
+			"$${sudo[@]}" apt-get -qq update
+			"$${sudo[@]}" env DEBIAN_FRONTEND=noninteractive \
+				apt-get -qq install -y --no-install-recommends "$${missing[@]}"
+		fi
+	fi
+	mkdir -p $(RUN)
+	touch $@
+endef
+
+$(RUN)/build.packages: Makefile
+	$(call install,build,$(BUILD_PACKAGES))
+$(RUN)/demo.packages: Makefile
+	$(call install,demo,$(BUILD_PACKAGES) $(DEMO_PACKAGES))
+$(RUN)/test.packages: Makefile
+	$(call install,test,$(BUILD_PACKAGES) $(TEST_PACKAGES))
+$(RUN)/bench.packages: Makefile
+	$(call install,bench,$(BUILD_PACKAGES) $(BENCH_PACKAGES))
+
+# The virtual environment: Millpond editable, its dependencies and the developer's tools.
+$(RUN)/venv: pyproject.toml | $(RUN)/build.packages
+	@[[ -n "$(PYTHON)" ]] || $(call give_up,Python 3.11 or newer is needed)
+	[[ -x $(VENV)/bin/python ]] || "$(PYTHON)" -m venv $(VENV)
+	echo "make build: installing into $(VENV)"
+	$(VENV)/bin/pip install -q --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+BUILD_EXT := $(VENV)/bin/python -W ignore -c 'import setuptools; setuptools.setup()' -q \
+	build_ext --inplace
+
+# The C core again, in place, after an edit.
+$(RUN)/native: $(RUN)/venv $(NATIVE)
+	@$(BUILD_EXT)
+	touch $@
+
+build: $(RUN)/native
+
+demo: $(RUN)/demo.packages $(RUN)/native
+	@PYTHONPATH=bench $(VENV)/bin/python -m demo
+
+test: $(RUN)/test.packages $(RUN)/native
+	@$(VENV)/bin/pytest
+
+bench: $(RUN)/bench.packages $(RUN)/native
+	@PYTHONPATH=bench $(VENV)/bin/python -m peers $(ARGS)
+	if [[ -z "$(ARGS)" ]]; then $(VENV)/bin/pytest bench/micro; fi
+
+lint: $(RUN)/native
+	@$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/pytest -q tests/test_tidy.py
+
+format: $(RUN)/venv
+	@$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+# make prove WHAT=skeleton: every line of what an issue asked for, with its figure.
+prove: $(RUN)/test.packages $(RUN)/demo.packages $(RUN)/native
+	@[[ -n "$(WHAT)" ]] || $(call give_up,prove WHAT=NAME: a file of bench/prove)
+	PYTHONPATH=bench $(VENV)/bin/python -m prove.$(WHAT) $(ARGS)
+
+clean:
+	@rm -rf $(VENV) $(RUN) build dist *.egg-info .hypothesis .benchmarks .*_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	find native -name '*.so' -delete

@@ -1,0 +1,80 @@
+"""Debian's cloud kernel, downloaded and unpacked, never installed.
+
+linux-image-cloud-amd64 only names the newest version; the package it depends on is
+downloaded with apt-get (signatures checked by apt) and unpacked with dpkg. Nothing is
+written to /boot, no boot loader runs.
+
+Failure modes: another machine type (refused), no package lists or stale ones (lists are
+updated once, then apt's own message is passed on).
+"""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+META_PACKAGE = "linux-image-cloud-amd64"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """An unpacked kernel package."""
+
+    version: str
+    image: Path
+    modules: Path
+
+
+def package_name() -> str | None:
+    """The versioned package behind the meta package; None without package lists."""
+    command = ["apt-cache", "depends", META_PACKAGE]
+    shown = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    found = re.search(r"Depends: (linux-image-\S+)", shown)
+    return found[1] if found else None
+
+
+def download(directory: Path) -> bool:
+    """Fetch the versioned package into directory."""
+    package = package_name()
+    if package is None:
+        return False
+    print(f"demo: downloading {package} (unpacked under {directory}, not installed)", flush=True)
+    # As root apt drops to the user _apt, which may not reach this directory; the signature
+    # is checked either way.
+    command = ["apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", package]
+    return subprocess.run(command, cwd=directory, check=False).returncode == 0
+
+
+def unpacked(root: Path) -> Kernel | None:
+    """The kernel below root, if it is there."""
+    images = sorted(root.glob("boot/vmlinuz-*"))
+    if not images:
+        return None
+    version = images[-1].name.removeprefix("vmlinuz-")
+    return Kernel(version, images[-1], root / "lib" / "modules" / version)
+
+
+def ensure(directory: Path) -> Kernel:
+    """The kernel below directory, downloaded first when it is not there yet."""
+    if kernel := unpacked(directory / "root"):
+        return kernel
+    if platform.machine() != "x86_64":
+        raise SystemExit(f"demo: the guest kernel is x86_64, this machine is {platform.machine()}")
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    if not download(directory):
+        update = ["apt-get", "-q", "update"]
+        subprocess.run(update if os.geteuid() == 0 else ["sudo", *update], check=True)
+        if not download(directory):
+            raise SystemExit(f"demo: cannot download {META_PACKAGE}: see apt's message above")
+    package = next(directory.glob("linux-image-*.deb"))
+    unpacking = directory / "root.partial"
+    subprocess.run(["dpkg", "-x", str(package), str(unpacking)], check=True)
+    unpacking.rename(directory / "root")  # last: a half-unpacked kernel is never used
+    package.unlink()
+    kernel = unpacked(directory / "root")
+    assert kernel is not None, "the package holds no kernel"
+    return kernel

@@ -1,0 +1,1 @@
+"""pytest-benchmark of the C core: codec, slots, the store's log and map."""

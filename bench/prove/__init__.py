@@ -1,0 +1,1 @@
+"""What each issue asked to be shown, as commands that show it: one file per issue."""
