@@ -63,6 +63,9 @@ def up(
     peak_rate: Annotated[
         str | None, typer.Option("--peak-rate", help="of destage in any second, bytes/s")
     ] = None,
+    accept_loss: Annotated[
+        bool, typer.Option("--accept-loss", help="the cache is gone: go on from what the store has")
+    ] = False,
 ) -> None:
     """Serve one disk from DIR until SIGTERM or SIGINT."""
     size_bytes = parse_size(size) if size is not None else None
@@ -72,7 +75,7 @@ def up(
     log_to_stderr()
     place = Place(directory)
     with place.locked(), expected_errors():
-        run(_up(place, size_bytes, cache_bytes, rates))
+        run(_up(place, size_bytes, cache_bytes, rates, accept_loss=accept_loss))
 
 
 def check_sizes(size_bytes: int | None, cache_bytes: int | None) -> None:
@@ -128,7 +131,12 @@ class DirectoryLock:
 
 
 async def _up(
-    place: Place, size_bytes: int | None, cache_bytes: int | None, rates: RateLimits
+    place: Place,
+    size_bytes: int | None,
+    cache_bytes: int | None,
+    rates: RateLimits,
+    *,
+    accept_loss: bool,
 ) -> None:
     signals = StopSignals()
     has_cache = check_cache_file(place, cache_bytes)
@@ -141,6 +149,7 @@ async def _up(
         address = f"unix:{place.store_socket}"
         await ensure_volume(place, address, size_bytes, may_create=not has_cache)
         if not has_cache:
+            await check_nothing_lost(place, address, accept_loss=accept_loss)
             make_cache(place, cache_bytes or DEFAULT_CACHE_BYTES)
         await _serve(place, address, rates, signals, serving_store)
     finally:
@@ -204,6 +213,39 @@ async def ensure_volume(
         await client.call(
             "volume.create", name=VOLUME_NAME, size_bytes=size_bytes or DEFAULT_SIZE_BYTES
         )
+    finally:
+        await client.close()
+
+
+async def check_nothing_lost(place: Place, address: str, *, accept_loss: bool) -> None:
+    """A new cache for a volume whose old one held writes: only when the operator says so."""
+    chance = Chance()
+    ours = chance.new_id()
+    client = await StoreClient.connect(
+        address, role="control", client_id=ours, client_name="millpond up"
+    )
+    try:
+        volume = (await client.call("volume.show", name=VOLUME_NAME))["volume"]
+        if volume["dirty_holder"] is None and volume["open_holder"] is None:
+            return
+        if not accept_loss:
+            raise CommandError(
+                f"the cache of {place.shown} is gone, and may have held writes after sequence"
+                f" {volume['applied_sequence']} that the store does not have; bring DIR/cache back,"
+                " or lose them with --accept-loss",
+                exit_code=BUSY,
+            )
+        opened = await client.call(
+            "volume.open",
+            id=volume["id"],
+            cache_id=ours.hex(),
+            lineage=chance.new_lineage(),
+            first_sequence=None,
+            expected_epoch=volume["epoch"],
+            accept_loss=True,
+        )
+        epoch = opened["volume"]["epoch"]
+        await client.call("volume.close", id=volume["id"], epoch=epoch, cache_id=ours.hex())
     finally:
         await client.close()
 
