@@ -1,17 +1,19 @@
 /* storesweep.c - move the last live pages out of old meta segments, so that these can go.
  *
- * Happy path: after a checkpoint, meta segments that are mostly dead are visited in order of id; the
- * descriptors beside their pages tell which page of which tree each was; those that a tree still
- * refers to are made dirty, and the next checkpoint writes them elsewhere. A bounded number each time.
- * Failure modes: a descriptor that does not lead back to its page is passed over, a page or segment
- * that cannot be read too: space is kept, nothing is lost. The next round tries again.
+ * Happy path: after a checkpoint, meta segments that are mostly dead are visited in order of id;
+ * the descriptors beside their pages tell which page of which tree each was; those that a tree
+ * still refers to are made dirty, and the next checkpoint writes them elsewhere. A bounded number
+ * each time.
+ * Failure modes: a descriptor that does not lead back to its page is passed over, a page or
+ * segment that cannot be read too: space is kept, nothing is lost. The next round tries again.
  */
 #include "store_internal.h"
 
 enum { HEAD_BYTES = 16384, DEAD_SHARE = 4, BUDGET_MIN_PAGES = 16 };
 
 _Static_assert(MP_GROUP_HEADER_BYTES + MP_RECORD_HEADER_BYTES +
-	       MP_PAGES_PER_GROUP * sizeof(struct mp_page_descriptor) <= HEAD_BYTES, "head of a group");
+	       MP_PAGES_PER_GROUP * sizeof(struct mp_page_descriptor) <= HEAD_BYTES,
+		"head of a group");
 
 static void stop(struct store_sweep *sweep)
 {
@@ -57,7 +59,8 @@ static void head_read(struct store_io *io)
 	sweep->group_bytes = group->length_bytes;
 	if (mp_record_check(record, sizeof *record) < 0 || record->type != MP_RECORD_PAGES)
 		return;
-	/* As many as fit beside their descriptors: the head is whole blocks, a page each the rest. */
+	/* As many as fit beside their descriptors: the head is whole blocks, a page each the rest.
+	 */
 	sweep->count = MP_PAGES_PER_GROUP;
 }
 
