@@ -15,6 +15,8 @@ import nbdclient
 import pytest
 from millpondprocess import Millpond
 
+from millpond.nbd.wire import TransmissionFlag
+
 MIB = 1024 * 1024
 SIZE_BYTES = 64 * MIB
 CACHE_BYTES = 256 * MIB
@@ -110,7 +112,6 @@ def test_other_sizes_than_at_first_are_refused_and_none_are_needed(directory: Pa
     ("arguments", "words"),
     [
         (["--cache-size", "128MiB"], "at least 256MiB"),
-        (["--size", "1000"], "multiple of 4096"),
         (["--average-rate", "2MiB", "--peak-rate", "1MiB"], "at least the average"),
         (["--average-rate", "1KiB"], "at least 65536 bytes/s"),
     ],
@@ -195,3 +196,18 @@ def test_the_volume_is_listed_by_the_store_in_the_same_directory(directory: Path
         listed = millpond("volume", "list", "--dir", str(directory), "--json")
         assert listed.returncode == 0, listed.stderr
         assert [volume["name"] for volume in json.loads(listed.stdout)] == ["disk"]
+
+
+def test_a_size_that_is_no_whole_number_of_blocks_is_refused(directory: Path) -> None:
+    fails(millpond("up", str(directory), "--size", "1000"), 1, "multiple of 4096")
+    assert not directory.exists()
+
+
+def test_read_only_guests_may_not_write(directory: Path) -> None:
+    with up(directory) as running, nbdclient.connect(running.uri) as client:
+        client.write(0, b"x" * 4096)
+    with up(directory, "--read-only") as running, nbdclient.connect(running.uri) as client:
+        assert client.flags & TransmissionFlag.READ_ONLY
+        assert client.read(0, 4096) == b"x" * 4096
+        with pytest.raises(nbdclient.NbdReplyError):
+            client.write(0, b"y" * 4096)
