@@ -88,10 +88,14 @@ def wait_drained(directory: Path) -> None:
 
 
 def export(directory: Path, image: Path) -> bytes:
-    """The disk as the store in `directory` (of an `up`, running) has it."""
+    """The disk as the store of a running `up` has it."""
+    return export_from(f"unix:{directory}/store.sock", image)
+
+
+def export_from(address: str, image: Path) -> bytes:
+    """The disk as a store has it."""
     done = millpond(
-        *("volume", "export", "disk", image, "--overwrite", "--no-progress"),
-        *("--store", f"unix:{directory}/store.sock"),
+        *("volume", "export", "disk", image, "--overwrite", "--no-progress", "--store", address)
     )
     assert done.code == 0, done.errors
     return image.read_bytes()
