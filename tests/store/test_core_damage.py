@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 
 import pytest
-from store_support import BLOCK, VOLUME, World, Write, fill
 
 from millpond.native import ffi, lib
 from millpond.native.drivers import Op, SimOptions
 from millpond.native.store import StoreOpenError
+from store_support import BLOCK, VOLUME, World, Write, fill
 
 OK = lib.MP_STATUS_OK
 

@@ -4,11 +4,10 @@ import os
 import select
 from pathlib import Path
 
-from store_support import BLOCK, LINEAGE, VOLUME, Write, batch_payload, fill
-
 from millpond.native import ffi, lib, record
 from millpond.native.drivers import destroy, open_directory
 from millpond.native.store import Lineage, StoreCore, VolumeState, format_store
+from store_support import BLOCK, LINEAGE, VOLUME, Write, batch_payload, fill
 
 OK = lib.MP_STATUS_OK
 

@@ -1,11 +1,11 @@
 """The crash sweep can fail: each deliberate fault of store.h is found by it, on a fixed seed."""
 
 import pytest
-from store import test_core_crash as sweep
-from store_support import BLOCK, VOLUME, World, Write, fill
 
 from millpond.native import lib
 from millpond.native.store import StoreOpenError
+from store import test_core_crash as sweep
+from store_support import BLOCK, VOLUME, World, Write, fill
 
 FAULTS = {
     "acknowledge before sync": (lib.MP_STORE_FAULT_ACK_BEFORE_SYNC, "power-torn-reordered"),
