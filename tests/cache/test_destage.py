@@ -1,4 +1,4 @@
-"""Destage over a wire that misbehaves: same bytes again, loud stops, rates as they pass the wire."""
+"""Destage over a wire that misbehaves: same bytes again, loud stops, rates as they pass it."""
 
 import asyncio
 import random
