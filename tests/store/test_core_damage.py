@@ -41,7 +41,7 @@ def incarnation(world: World) -> int:
     supers = ffi.new("struct mp_store_super[]", 2)
     ffi.memmove(supers, world.sim.peek(offset_bytes=0, length_bytes=2 * BLOCK), 2 * BLOCK)
     assert supers[0].generation == supers[1].generation
-    return supers[0].incarnation
+    return int(supers[0].incarnation)
 
 
 def test_damaged_block_is_corrupt_and_its_neighbours_are_not(world: World) -> None:
