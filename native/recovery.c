@@ -485,9 +485,8 @@ static void preserve(const struct recovery *recovery, const struct volume *volum
 		if (candidate->valid && engine->segments[i].state == SEGMENT_FREE &&
 		    memcmp(candidate->volume, volume->id, sizeof candidate->volume) == 0) {
 			engine->segments[i].state = SEGMENT_WAITING;
-			engine->segments[i].released_serial = UINT64_MAX;
+			engine->segments[i].released_serial = UINT64_MAX; /* no checkpoint frees it */
 			engine->segments_free--;
-			engine->segments_waiting++;
 		}
 	}
 }
