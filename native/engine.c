@@ -221,9 +221,10 @@ static void opened(struct volume *volume, const struct command *command)
 	volume->lineage = command->lineage;
 	volume->open = true;
 	volume->dirty_asked = volume->dirty_ready_told = false;
-	/* Dirty records of an earlier life: the stores still have it on record, and destage goes on. */
-	volume->dirty_recorded = volume->applied_sequence > volume->destaged_sequence;
-	if (volume->dirty_recorded) {
+	/* Dirty records of an earlier life do not prove that it is on record: they may be ones that were
+	 * never acknowledged, because the crash came before the record. Who opens knows, and tells. */
+	volume->dirty_recorded = false;
+	if (volume->applied_sequence > volume->destaged_sequence) {
 		volume->dirty_ready_told = true;
 		engine_volume_event(volume, MP_EVENT_DIRTY_READY, 0, 0);
 	}
