@@ -9,7 +9,7 @@
 
 #include <stdio.h>
 
-enum { PUBLISH_NS = 5000000 };
+enum { PUBLISH_NS = 5000000, SEGMENTS_LOW = 4 };
 #define STOP_GRACE_NS 1000000000ULL
 
 void engine_submit(struct mp_engine *engine, struct mp_io *io)
@@ -221,9 +221,10 @@ static void opened(struct volume *volume, const struct command *command)
 	volume->lineage = command->lineage;
 	volume->open = true;
 	volume->dirty_asked = volume->dirty_ready_told = false;
-	/* Dirty records of an earlier life: the stores still have it on record, and destage goes on. */
-	volume->dirty_recorded = volume->applied_sequence > volume->destaged_sequence;
-	if (volume->dirty_recorded) {
+	/* Dirty records of an earlier life do not prove that it is on record: they may be ones that were
+	 * never acknowledged, because the crash came before the record. Who opens knows, and tells. */
+	volume->dirty_recorded = false;
+	if (volume->applied_sequence > volume->destaged_sequence) {
 		volume->dirty_ready_told = true;
 		engine_volume_event(volume, MP_EVENT_DIRTY_READY, 0, 0);
 	}
@@ -531,7 +532,10 @@ static void background(struct mp_engine *engine)
 	release_step(engine);
 	if (engine->tombstone_count)
 		sweep_step(engine);
-	if (engine->segments_waiting && engine->segments_free < engine->segment_count / 4)
+	/* A checkpoint costs a walk over index and slots: let several segments wait for one, unless appends need them. */
+	if (engine->segments_waiting && engine->segments_free < engine->segment_count / 4 &&
+	    (engine->segments_waiting >= engine->segment_count / 8 ||
+	     engine->segments_free <= SEGMENTS_LOW))
 		engine->checkpoint.wanted = true;
 	engine->checkpoint.wanted |= checkpoint_due_ns(engine) <= engine->now_ns;
 	checkpoint_step(engine);

@@ -247,7 +247,7 @@ struct mp_store {
 	struct store_grave *graves;
 	uint64_t grave_count;
 	struct store_wait grave_wait;
-	uint8_t grave_blocked;
+	uint8_t grave_blocked;             /* 1: by a page; 2: by an error, until a checkpoint */
 
 	struct store_sweep sweep;
 	struct store_read *reads;

@@ -279,6 +279,8 @@ static void finish(struct mp_store *store)
 	store->counters.checkpoints++;
 	store_ranges_release(store, &store->dying);
 	store_sweep_start(store);
+	if (store->grave_blocked == 2)
+		store->grave_blocked = 0;
 	while ((request = store_queue_pop(&checkpoint->requests)))
 		store_reply(store, request, MP_STATUS_OK);
 	if (store->final_checkpoint == 1)

@@ -128,6 +128,7 @@ void store_graves_advance(struct mp_store *store)
 		} else if (error) {
 			store->counters.io_errors++;
 			to_the_end(store);
+			store->grave_blocked = 2; /* until the next checkpoint: no spinning */
 			return;
 		}
 	}

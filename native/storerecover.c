@@ -243,8 +243,8 @@ static int roll(struct recovery *recovery)
 	if (group.record_count == next.record_count) {
 		error = apply(recovery, &next, &group);
 	} else if (group.record_count && store_fault(store, MP_STORE_FAULT_HALF_BATCH)) {
-		/* the deliberate fault: what verifies of a torn group counts */
-		group.length_bytes = end;
+		/* The deliberate fault: what verifies of a torn group counts. */
+		memset(group.buffer + end, 0, next.length_bytes - end);
 		error = apply(recovery, &next, &group);
 		error = error == 1 ? 0 : error;
 	}

@@ -203,6 +203,12 @@ class World:
         assert self.core
         return self.core
 
+    def state(self, volume: bytes = VOLUME) -> VolumeState:
+        """The durable state of a volume that must be there."""
+        state = self.store.volume(volume)
+        assert state
+        return state
+
     # ---- frames ----
 
     def send(self, frame_type: int, payload: bytes = b"", *, connection: int = DAEMON) -> int:

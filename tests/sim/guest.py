@@ -50,6 +50,11 @@ class Guest:
         """Everything was asked and answered."""
         return not self.ops and not self.in_flight
 
+    def detach(self) -> None:
+        """The connection is dead."""
+        self._sim = None
+        self.in_flight.clear()
+
     def attach(self, sim: Sim, socket: int) -> None:
         """A new connection; what the old one left unanswered stays so."""
         self._sim, self._socket = sim, socket
@@ -58,7 +63,8 @@ class Guest:
 
     def send(self) -> None:
         """Fill up what may be in flight, in one piece."""
-        assert self._sim is not None
+        if self._sim is None:
+            return
         out = []
         while self.ops and len(self.in_flight) < self.depth and not self.pausing:
             if self.ops[0].kind is Kind.PAUSE:

@@ -72,7 +72,7 @@ class CacheNode:
     def step(self, timeout_ns: int = TURN_NS) -> int:
         """One turn.  WorldEnded."""
         handled = self.engine.step(timeout_ns)
-        if handled < 0:
+        if handled < 0 or self.sim.crashed:
             raise WorldEnded
         return handled
 
@@ -125,7 +125,7 @@ class StoreNode:
     def step(self, timeout_ns: int = TURN_NS) -> int:
         """One turn.  WorldEnded."""
         handled = self.core.step(timeout_ns)
-        if handled < 0:
+        if handled < 0 or self.sim.crashed:
             raise WorldEnded
         return handled
 

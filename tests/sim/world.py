@@ -135,6 +135,7 @@ class World:
         self.falls = 0
         self.confirmed = 0  # sequence the store has acknowledged
         self.epoch = 0  # of our last open
+        self.opened = False  # else a fall of either machine begins it all again
         self.created = self.dirty_recorded = self.need_dirty = False
         self.eagerness = 0.2  # of destage, per turn
         self._want_cut = self._cutting = self._clearing = self._pausing = False
@@ -190,8 +191,10 @@ class World:
             self._check_store()
             self._connect_store()
         if not self.cache.is_up:
+            self.opened = False
             self.cache.start()
             self._open_volume()
+            self.opened = True
 
     def go_on(self) -> None:
         """The guest's history to its end, then everything to the store."""
@@ -237,7 +240,7 @@ class World:
 
     def fall(self) -> None:
         """A disk crashed; what happens to the rest of its machine, and to the other."""
-        cache_fell = self.cache.sim.crashed or self.settings.cut_both
+        cache_fell = self.cache.sim.crashed or self.settings.cut_both or not self.opened
         store_fell = self.store.sim.crashed or self.settings.cut_both
         self.falls += 1
         again = self.settings.cut_again_after if self.falls == 1 else 0
@@ -253,7 +256,7 @@ class World:
             self._batch = None
             self._want_cut = self._cutting = self._clearing = self.need_dirty = False
             self.cache.die()
-            self.guest.in_flight.clear()
+            self.guest.detach()
             self._set_options("cache", again if self.settings.cut == "cache" else 0)
 
     def _lose_link(self) -> None:
@@ -339,29 +342,38 @@ class World:
         )
         self.epoch = after.epoch
         engine = self.cache.engine
-        engine.open_volume(
-            VOLUME,
-            size_bytes=after.size_bytes,
-            epoch=after.epoch,
-            lineage=lineage,
-            applied_sequence=after.applied_sequence,
-            keep_slots=positions.slots_are_valid(before, known, CACHE_ID),
-            cookie=after.epoch,
-        )
-        opened = self._wait_opened()
+        keep_slots = positions.slots_are_valid(before, known, CACHE_ID)
+        opened = self._open_engine(after, lineage, keep_slots=keep_slots)
         self.dirty_recorded = after.dirty_holder == CACHE_ID
         if self.dirty_recorded:
             engine.dirty_recorded(VOLUME, True)
         engine.link(0, up=True)
         self._connect_guest(opened.last_sequence)
 
+    def _open_engine(self, state: VolumeState, lineage: int, *, keep_slots: bool) -> Opened:
+        """Again while it is busy with segments of the volume."""
+        for _ in range(TURNS_MAX):
+            self.cache.engine.open_volume(
+                VOLUME,
+                size_bytes=state.size_bytes,
+                epoch=state.epoch,
+                lineage=lineage,
+                applied_sequence=state.applied_sequence,
+                keep_slots=keep_slots,
+                cookie=state.epoch,
+            )
+            opened = self._wait_opened()
+            if opened.status == 0:
+                return opened
+            if opened.status != -errno.EBUSY:
+                break
+        raise Illegal(f"the engine does not open: {opened.status} {opened.message}")
+
     def _wait_opened(self) -> Opened:
         for _ in range(TURNS_MAX):
             self.step()
             for event in self.cache.engine.events():
                 if isinstance(event, Opened):
-                    if event.status:
-                        raise Illegal(f"the engine does not open: {event.status} {event.message}")
                     return event
                 self._events.append(event)
         raise Illegal("the engine does not open the volume")

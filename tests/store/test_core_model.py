@@ -2,10 +2,10 @@
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from store_support import BLOCK, VOLUME, World, Write, fill
 
 from millpond.native import lib
 from millpond.native.drivers import SimOptions
+from store_support import BLOCK, World, Write, fill
 
 OK = lib.MP_STATUS_OK
 BLOCKS = 3000  # more than five leaves, two levels
@@ -60,7 +60,7 @@ def test_histories_read_back_like_the_model(steps: list[object], seed: int) -> N
                 world.reopen()
         expected = b"".join(model.get(block, b"") or bytes(BLOCK) for block in range(BLOCKS))
         assert world.image(BLOCKS) == expected
-        assert world.store.volume(VOLUME).applied_sequence == sequence - 1
+        assert world.state().applied_sequence == sequence - 1
         world.reopen()
         assert world.image(BLOCKS) == expected
     finally:

@@ -2,10 +2,9 @@
 
 import errno
 
-from store_support import BLOCK, SEGMENT_BYTES, VOLUME, World, Write, fill
-
 from millpond.native import lib
 from millpond.native.drivers import Op, SimOptions
+from store_support import BLOCK, SEGMENT_BYTES, VOLUME, World, Write, fill
 
 OK = lib.MP_STATUS_OK
 
