@@ -5,15 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cache_rig import MIB, SIZE_BYTES, VOLUME, World, frame_type, rig, run, until
-from nbdclient import ConnectionLost
 
+from cache_rig import MIB, SIZE_BYTES, VOLUME, World, frame_type, rig, run, until
 from millpond.cache import limits
 from millpond.cache.exports import ExportError
 from millpond.cache.shaping import RateLimits
 from millpond.cache.status import status_of, volumes_of
 from millpond.cache.volumes import State
 from millpond.native import lib
+from nbdclient import ConnectionLost
 
 BLOCK = bytes(range(256)) * 16
 SLOW = RateLimits(limits.RATE_MIN_BYTES_PER_S, limits.RATE_MIN_BYTES_PER_S)
@@ -78,6 +78,7 @@ def test_what_one_cache_wrote_another_reads_after_it_was_given_back(tmp_path: Pa
     run(scenario())
 
 
+@pytest.mark.expects_warnings
 def test_a_write_is_not_acknowledged_before_dirty_is_on_record(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with rig(tmp_path) as world:
@@ -113,6 +114,7 @@ def test_dirty_is_taken_off_the_record_when_idle_and_put_on_again(tmp_path: Path
     run(scenario())
 
 
+@pytest.mark.expects_warnings
 def test_a_lost_answer_to_clearing_dirty_puts_it_on_again(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with rig(tmp_path) as world:
@@ -182,6 +184,7 @@ def test_a_guest_goes_on_over_a_restart_with_dirty_records(tmp_path: Path) -> No
     run(scenario())
 
 
+@pytest.mark.expects_warnings
 def test_a_cache_that_was_taken_over_keeps_its_dirty_records_and_ships_nothing(
     tmp_path: Path,
 ) -> None:
@@ -206,6 +209,7 @@ def test_a_cache_that_was_taken_over_keeps_its_dirty_records_and_ships_nothing(
     run(scenario())
 
 
+@pytest.mark.expects_warnings
 def test_a_running_cache_that_is_taken_over_stops_the_volume_loudly(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with rig(tmp_path) as world:
@@ -223,6 +227,7 @@ def test_a_running_cache_that_is_taken_over_stops_the_volume_loudly(tmp_path: Pa
     run(scenario())
 
 
+@pytest.mark.expects_warnings
 def test_a_volume_that_the_store_lost_is_never_an_empty_one(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with rig(tmp_path) as world:
@@ -257,6 +262,7 @@ def test_an_unknown_name_is_refused_and_the_empty_one_is_the_only_volume(tmp_pat
     run(scenario())
 
 
+@pytest.mark.expects_warnings
 def test_a_crash_that_left_the_volume_open_at_the_store_is_tidied_up(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with rig(tmp_path) as world:
@@ -302,6 +308,7 @@ def test_a_guest_that_only_read_finds_its_cache_warm(tmp_path: Path) -> None:
     run(scenario())
 
 
+@pytest.mark.expects_warnings
 def test_reads_wait_while_the_store_is_away_and_go_on_when_it_is_back(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with rig(tmp_path) as world:
@@ -318,6 +325,7 @@ def test_reads_wait_while_the_store_is_away_and_go_on_when_it_is_back(tmp_path: 
     run(scenario())
 
 
+@pytest.mark.expects_warnings
 def test_a_damaged_reply_is_fetched_again_on_a_new_connection(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with rig(tmp_path) as world:
