@@ -353,6 +353,59 @@ def test_a_damaged_reply_is_fetched_again_on_a_new_connection(tmp_path: Path) ->
     run(scenario())
 
 
+@pytest.mark.expects_warnings
+def test_an_open_whose_answer_got_lost_is_undone_when_nobody_tries_again(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with rig(tmp_path) as world:
+            cache = await world.cache("a")
+            lost: list[bytes] = []
+
+            def lose(frame: bytes) -> bytes:
+                if frame_type(frame) == lib.MP_FRAME_CONTROL_REPLY and b'"epoch":1' in frame:
+                    lost.append(frame)
+                    asyncio.get_running_loop().call_soon(world.wire.cut)
+                    return b""
+                return frame
+
+            world.wire.to_cache = lose
+            with pytest.raises(ExportError) as refused:
+                await cache.guest()
+            assert refused.value.code == "platform"
+            assert (await world.record())["open_holder"] == cache.id
+            world.wire.to_cache = lambda frame: frame
+            world.wire.heal()
+            record = await world.record()
+            while record["open_holder"] is not None:
+                await asyncio.sleep(0.02)
+                record = await world.record()
+            assert cache.volume.state is State.CLOSED
+            guest = await cache.guest()
+            await guest.write(0, BLOCK)
+
+    run(scenario())
+
+
+def test_a_client_that_gives_up_leaves_no_volume_half_open(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with rig(tmp_path) as world:
+            cache = await world.cache("a")
+            for turns in range(1, 40, 3):  # cancelled at another step each time
+                opening = asyncio.create_task(cache.daemon.exports.open(VOLUME))
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                opening.cancel()
+                await asyncio.gather(opening, return_exceptions=True)
+            await asyncio.sleep(0.1)
+            if opening.done() and not opening.cancelled():
+                await opening.result().release()
+            await until(lambda: cache.volume.state is State.CLOSED, "given back")
+            await until(lambda: not cache.volume._lock.locked(), "told to the store")
+            record = await world.record()
+            assert (record["open_holder"], record["dirty_holder"]) == (None, None)
+
+    run(scenario())
+
+
 def test_stop_cuts_guests_off_cleanly_and_says_shutdown(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with rig(tmp_path) as world:
