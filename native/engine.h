@@ -95,7 +95,7 @@ int mp_engine_connect(struct mp_engine *engine, const uint8_t *id, int socket, i
 /* Stop a connection: nothing more is parsed, accepted mutations finish, then it is closed. */
 int mp_engine_disconnect(struct mp_engine *engine, uint64_t cookie);
 /* The stores have (1) durably recorded that this cache may hold acknowledged data, or are about to clear that (0).
- * Until 1, mutations are logged but not acknowledged, and MP_EVENT_NEED_DIRTY asks once. 0 is refused with
+ * After every open, until 1, mutations are logged but not acknowledged, and MP_EVENT_NEED_DIRTY asks once. 0 is refused with
  * MP_EVENT_DIRTY_CLEAR status -EBUSY while records are undestaged, else status 0; then the store may be told. */
 int mp_engine_dirty_recorded(struct mp_engine *engine, const uint8_t *id, int recorded);
 

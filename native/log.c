@@ -352,7 +352,9 @@ void log_index_extent(struct volume *volume, const struct mp_extent *extent, uin
 		uint32_t before = volume->tombstones.count;
 		int rc = tombstones_put(&volume->tombstones, extent->first_block,
 					extent->block_count, extent->sequence);
-		engine->tombstone_count += volume->tombstones.count - before;
+		/* One range may replace many: the difference is signed. */
+		engine->tombstone_count += volume->tombstones.count;
+		engine->tombstone_count -= before;
 		if (rc) /* out of memory: a trim must not be forgotten */
 			volume_fail(volume, ENOMEM, "no memory to remember a trim");
 		return;

@@ -1,12 +1,13 @@
 /* storelog.c - the log: requests become groups, groups are appended and synced, then applied.
  *
  * Happy path: what waits is put into one group (one write); while that is on its way the next one
- * fills. One sync covers all groups written before it. Durable groups are applied in order and only
- * then answered. Groups chain: each carries its predecessor's checksum, the incarnation of this open
- * and how far the log was synced, so that recovery can tell the end of the log from damage in it.
- * A group of a new segment is written only when everything in the old one is durable.
- * Failure modes: a failed write or sync fails the store: nothing is acknowledged after it. No space
- * for the next segment: MP_STATUS_FULL, not admitted, nothing changed.
+ * fills. One sync covers all groups written before it. Durable groups are applied in order and
+ * only then answered. Groups chain: each carries its predecessor's checksum, the incarnation of
+ * this open and how far the log was synced, so that recovery can tell the end of the log from
+ * damage in it. A group of a new segment is written only when everything in the old one is
+ * durable.
+ * Failure modes: a failed write or sync fails the store: nothing is acknowledged after it. No
+ * space for the next segment: MP_STATUS_FULL, not admitted, nothing changed.
  */
 #include "store_internal.h"
 
@@ -27,8 +28,8 @@ static uint64_t group_bytes(uint64_t records_bytes)
 	return store_align(MP_GROUP_HEADER_BYTES + records_bytes, MP_BLOCK_BYTES);
 }
 
-/* The end of a segment that data leaves alone unless the next segment is there: deletions, trims and
- * volume states still fit when the disk is full. */
+/* The end of a segment that data leaves alone unless the next segment is there: deletions, trims
+ * and volume states still fit when the disk is full. */
 static uint64_t reserve_bytes(const struct mp_store *store)
 {
 	uint64_t reserve = store->options.segment_bytes / 8 / MP_BLOCK_BYTES * MP_BLOCK_BYTES;
@@ -97,7 +98,8 @@ void store_group_free(struct mp_store *store, struct store_group *group)
 	free(group);
 }
 
-static uint32_t append_records(struct store_group *group, uint64_t *at, struct store_request *request)
+static uint32_t append_records(struct store_group *group, uint64_t *at,
+			       struct store_request *request)
 {
 	struct mp_record header = {.header_length_bytes = MP_RECORD_HEADER_BYTES};
 	uint8_t *payload = request->buffer + MP_GROUP_HEADER_BYTES, *out = group->buffer + *at;
@@ -111,7 +113,8 @@ static uint32_t append_records(struct store_group *group, uint64_t *at, struct s
 		       record_bytes(request) - request->frame.payload_bytes);
 		for (uint64_t offset = 0; offset < request->frame.payload_bytes; count++) {
 			struct mp_record *record = (void *)(out + offset);
-			offset += store_align(record->header_length_bytes + record->payload_length_bytes,
+			offset += store_align(record->header_length_bytes +
+						      record->payload_length_bytes,
 					      RECORD_ALIGN);
 		}
 		return count;
@@ -142,7 +145,8 @@ static void fill(struct mp_store *store, struct store_group *group, uint64_t rec
 	group->length_bytes = group_bytes(records_bytes);
 	group->in_request = only && !only->next && only->frame.type == MP_FRAME_BATCH &&
 			    !store_fault(store, MP_STORE_FAULT_ACK_BEFORE_SYNC);
-	group->buffer = group->in_request ? only->buffer : store_allocate_aligned(group->length_bytes);
+	group->buffer = group->in_request ? only->buffer
+					  : store_allocate_aligned(group->length_bytes);
 	memset(group->buffer, 0, MP_GROUP_HEADER_BYTES);
 	if (!group->in_request)
 		memset(group->buffer + MP_GROUP_HEADER_BYTES, 0,
@@ -172,7 +176,8 @@ static void submit_group(struct mp_store *store, struct store_group *group)
 	header->synced_commit = store->synced_commit;
 	group->checksum = store_group_seal(header, MP_GROUP_DATA);
 	segment->length_bytes += group->length_bytes;
-	store->position = (struct store_position){segment->id, segment->length_bytes, group->commit + 1,
+	store->position = (struct store_position){segment->id, segment->length_bytes,
+						  group->commit + 1,
 						  group->checksum, header->incarnation};
 	store->evidence_commit = store->synced_commit;
 	store->log_bytes += group->length_bytes;
@@ -187,7 +192,8 @@ static void submit_group(struct mp_store *store, struct store_group *group)
 	store->groups_unapplied++;
 	group->io.owner = group;
 	group->io.done = written;
-	store_submit(store, &group->io, MP_OP_WRITE, segment->id, group->offset_bytes, group->buffer,
+	store_submit(store, &group->io, MP_OP_WRITE, segment->id, group->offset_bytes,
+		     group->buffer,
 		     group->length_bytes);
 }
 
@@ -352,7 +358,8 @@ static int may_build(const struct mp_store *store)
 	return !store->groups_writing || store->queue.bytes >= STORE_GROUP_TARGET_BYTES / 4;
 }
 
-/* On record that the last groups were synced, for a recovery that finds them damaged. Not synced itself. */
+/* On record that the last groups were synced, for a recovery that finds them damaged. Not synced
+ * itself. */
 static void write_evidence(struct mp_store *store)
 {
 	struct store_group *group;

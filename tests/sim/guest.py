@@ -50,6 +50,11 @@ class Guest:
         """Everything was asked and answered."""
         return not self.ops and not self.in_flight
 
+    def detach(self) -> None:
+        """The connection is dead."""
+        self._sim = None
+        self.in_flight.clear()
+
     def attach(self, sim: Sim, socket: int) -> None:
         """A new connection; what the old one left unanswered stays so."""
         self._sim, self._socket = sim, socket
@@ -58,7 +63,8 @@ class Guest:
 
     def send(self) -> None:
         """Fill up what may be in flight, in one piece."""
-        assert self._sim is not None
+        if self._sim is None:
+            return
         out = []
         while self.ops and len(self.in_flight) < self.depth and not self.pausing:
             if self.ops[0].kind is Kind.PAUSE:
@@ -123,3 +129,30 @@ class Guest:
         else:
             self.disk.acknowledge(flight.mutations, durable=flight.op.fua)
             self.acknowledged()
+
+
+def read_image(sim: Sim, socket: int, size_bytes: int, turn: Callable[[], None]) -> bytes:
+    """The whole disk through a connection, a few requests at a time."""
+    step = 64 * 4096
+    offsets = range(0, size_bytes, step)
+    pieces: dict[int, bytes] = {}
+    received = bytearray()
+    for offset in offsets:
+        length = min(step, size_bytes - offset)
+        sim.push(socket, REQUEST.pack(REQUEST_MAGIC, 0, Kind.READ, offset, offset, length))
+    for _ in range(100_000):
+        received += sim.pop(socket)
+        while len(received) >= REPLY.size:
+            magic, error, offset = REPLY.unpack_from(received)
+            length = min(step, size_bytes - offset)
+            assert magic == REPLY_MAGIC
+            if error:
+                raise Illegal(f"a read after recovery got error {error}")
+            if len(received) < REPLY.size + length:
+                break
+            pieces[offset] = bytes(received[REPLY.size : REPLY.size + length])
+            del received[: REPLY.size + length]
+        if len(pieces) == len(offsets):
+            return b"".join(pieces[offset] for offset in offsets)
+        turn()
+    raise Illegal("reads after recovery hang")

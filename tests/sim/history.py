@@ -43,7 +43,7 @@ class Shape:
     requests: int = 200
     blocks: int = 768
     hot_blocks: int = 48
-    large_percent: int = 10  # of the writes
+    large_percent: int = 20  # of the writes
     large_bytes: int = 640 * KIB  # at most
 
 

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 
 import pytest
-from store_support import BLOCK, LINEAGE, VOLUME, World, Write, fill
 
 from millpond.native import lib
+from store_support import BLOCK, LINEAGE, VOLUME, World, Write, fill
 
 OK = lib.MP_STATUS_OK
 
@@ -45,7 +45,9 @@ def test_trim_reads_as_zeroes(world: World) -> None:
 def test_everything_is_there_after_reopening(world: World) -> None:
     world.create()
     data = fill(1, 300)
-    assert world.write([Write(0, data[: 150 * BLOCK]), Write(150, data[150 * BLOCK :])], first=1) == OK
+    assert (
+        world.write([Write(0, data[: 150 * BLOCK]), Write(150, data[150 * BLOCK :])], first=1) == OK
+    )
     world.reopen()
     assert world.image(300) == data
 

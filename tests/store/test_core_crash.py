@@ -7,10 +7,10 @@ exactly one batch boundary, not before the acknowledged one; an acknowledged del
 from dataclasses import dataclass, field
 
 import pytest
-from store_support import BLOCK, VOLUME, World, WorldEnded, Write, fill
 
 from millpond.native import lib
 from millpond.native.drivers import SimOptions
+from store_support import BLOCK, VOLUME, World, WorldEnded, Write, fill
 
 OK = lib.MP_STATUS_OK
 BLOCKS = 96

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 
 import pytest
-from store_support import BLOCK, VOLUME, World, Write, fill
 
 from millpond.native import ffi, lib
 from millpond.native.drivers import Op, SimOptions
 from millpond.native.store import StoreOpenError
+from store_support import BLOCK, VOLUME, World, Write, fill
 
 OK = lib.MP_STATUS_OK
 
@@ -41,7 +41,7 @@ def incarnation(world: World) -> int:
     supers = ffi.new("struct mp_store_super[]", 2)
     ffi.memmove(supers, world.sim.peek(offset_bytes=0, length_bytes=2 * BLOCK), 2 * BLOCK)
     assert supers[0].generation == supers[1].generation
-    return supers[0].incarnation
+    return int(supers[0].incarnation)
 
 
 def test_damaged_block_is_corrupt_and_its_neighbours_are_not(world: World) -> None:
@@ -87,7 +87,9 @@ def test_damage_below_the_synced_point_refuses_to_open(world: World) -> None:
         file, at = find(world, needle[:64])
         flip(world, file, at)
         for _ in range(2):
-            with pytest.raises(StoreOpenError, match=f"segment {file} is damaged at offset") as caught:
+            with pytest.raises(
+                StoreOpenError, match=f"segment {file} is damaged at offset"
+            ) as caught:
                 world.open()
             assert "\n" not in str(caught.value)
             world.shut()

@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 
 import pytest
-from store_support import BLOCK, LINEAGE, VOLUME, World, Write, batch_payload, fill
 
 from millpond.native import lib, record
 from millpond.native.store import Lineage, ProtocolError
+from store_support import BLOCK, LINEAGE, World, Write, batch_payload, fill
 
 OK = lib.MP_STATUS_OK
 
@@ -24,7 +24,7 @@ def test_gap_is_refused_and_overlap_is_taken(world: World) -> None:
     assert world.write([Write(0, fill(1)), Write(1, fill(2))], first=1) == OK
     assert world.write([Write(0, fill(3)), Write(1, fill(4))], first=2) == OK
     assert world.read(0, 2).data == fill(3) + fill(4)
-    assert world.store.volume(VOLUME).applied_sequence == 3
+    assert world.state().applied_sequence == 3
 
 
 def test_repeated_batch_is_answered_and_not_applied(world: World) -> None:
@@ -47,7 +47,7 @@ def test_repeat_is_not_answered_before_the_first_is_durable(world: World) -> Non
 
 
 def test_lower_epoch_is_refused_for_ever(world: World) -> None:
-    state = world.store.volume(VOLUME)
+    state = world.state()
     assert world.put(state.with_changes(epoch=5)) == OK
     for _ in range(2):
         assert world.write([Write(0, fill(1))], first=1, epoch=4) == lib.MP_STATUS_STALE_EPOCH
@@ -75,18 +75,18 @@ def test_fault_apply_gap_is_what_the_check_prevents() -> None:
 
 def test_only_lineages_on_record_and_not_older_ones(world: World) -> None:
     assert world.write([Write(0, fill(1))], first=1, lineage=5) == lib.MP_STATUS_LINEAGE
-    state = world.store.volume(VOLUME)
+    state = world.state()
     newer = state.with_changes(lineages=(Lineage(LINEAGE, 1), Lineage(5, 2)))
     assert world.put(newer) == OK
     assert world.write([Write(0, fill(1))], first=1) == OK
     assert world.write([Write(0, fill(1))], first=2, lineage=5) == OK
     assert world.write([Write(0, fill(1))], first=3) == lib.MP_STATUS_LINEAGE
-    assert world.store.volume(VOLUME).lineage == 5
+    assert world.state().lineage == 5
 
 
 def test_newer_writer_cannot_repeat_an_older_ones_batch(world: World) -> None:
     assert world.write([Write(0, fill(1))], first=1) == OK
-    state = world.store.volume(VOLUME)
+    state = world.state()
     assert world.put(state.with_changes(lineages=(*state.lineages, Lineage(5, 2)))) == OK
     assert world.write([Write(0, fill(2))], first=1, lineage=5) == lib.MP_STATUS_CONFLICT
     assert world.read(0, 1).data == fill(1)
@@ -140,7 +140,7 @@ def test_batch_without_its_last_part(world: World) -> None:
 
 def test_put_volume_does_not_move_the_position_back(world: World) -> None:
     """PUT_VOLUME racing batches: the daemon's copy of the position is older than the log."""
-    state = world.store.volume(VOLUME)
+    state = world.state()
     requests = []
     for sequence in range(1, 20):
         requests.append(world.send_write([Write(sequence, fill(sequence))], first=sequence))
@@ -148,7 +148,7 @@ def test_put_volume_does_not_move_the_position_back(world: World) -> None:
         requests.append(world.send(lib.MP_FRAME_PUT_VOLUME, changed.encode()))
     assert [world.wait(request).status for request in requests] == [OK] * len(requests)
     for _ in range(2):
-        after = world.store.volume(VOLUME)
+        after = world.state()
         assert (after.applied_sequence, after.lineage) == (19, LINEAGE)
         assert after.dirty_holder == bytes([19]) * 16
         world.reopen()
@@ -190,7 +190,9 @@ def test_stream_split_at_every_position(world: World) -> None:
         data = world.store.take(7, 10) + world.store.take(7)
         statuses = []
         while data:
-            frame, length = record.decode_frame(data)
+            found = record.decode_frame(data)
+            assert found
+            frame, length = found
             statuses.append((frame.request_id, frame.status))
             data = data[length:]
         assert sorted(statuses) == [(10, OK), (11, lib.MP_STATUS_INVALID)]
