@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 from millpond.cache import limits
-from millpond.cache.errors import CacheError, escaped
+from millpond.cache.errors import CacheAway, CacheError, escaped
 from millpond.cache.tasks import Tasks
 
 log = logging.getLogger("millpond.cache")
@@ -150,7 +150,7 @@ async def call(path: str, op: str, *, timeout_s: float = 10.0) -> dict[str, Any]
         reason = (
             os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "no answer"
         )
-        raise CacheError(f"no cache answers at {escaped(path)}: {reason}") from None
+        raise CacheAway(f"no cache answers at {escaped(path)}: {reason}") from None
     if not reply.pop("ok", False):
         raise CacheError(str(reply.get("message", "refused")))
     return reply

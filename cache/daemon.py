@@ -46,6 +46,7 @@ class CacheConfig:
     host_rates: RateLimits = field(default_factory=RateLimits)
     volume_rates: RateLimits = field(default_factory=RateLimits)
     name: str = "cache"
+    read_only: bool = False  # every export; the volume is opened for writing all the same
     engine: EngineOptions = field(default_factory=EngineOptions)
 
 
@@ -68,7 +69,9 @@ class CacheDaemon:
         )
         ReplicaSet(self.nodes)  # refuses what this version cannot keep
         self.volumes: dict[bytes, Volume] = {}
-        self.exports = CacheExports(self.nodes[0], self._volume_for, self.tasks)
+        self.exports = CacheExports(
+            self.nodes[0], self._volume_for, self.tasks, read_only=config.read_only
+        )
         self._connections: dict[int, Volume] = {}
         self._notify_fd: int | None = None
         self._world = World(
@@ -78,6 +81,7 @@ class CacheDaemon:
             tasks=self.tasks,
             host=self.host,
             volume_rates=config.volume_rates,
+            read_only=config.read_only,
             connected=self._connected,
         )
         self._listen()

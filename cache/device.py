@@ -80,18 +80,15 @@ def format_cache(
     """Format a device, or a file (made when size_bytes is given); the new cache id.  Blocks."""
     check_slot_bytes(slot_bytes)
     if size_bytes is not None:
+        check_device_bytes(path, size_bytes)
+        check_log_bytes(log_bytes or limits.log_bytes_for(size_bytes), size_bytes)
         _make_file(path, size_bytes)
     refuse_when_used(path)
     descriptor = open_locked(path)
     try:
         device_bytes = os.lseek(descriptor, 0, os.SEEK_END) // 4096 * 4096
-        if device_bytes < limits.CACHE_MIN_BYTES:
-            raise DeviceError(
-                f"{escaped(path)} has {device_bytes} bytes; a cache needs at least"
-                f" {limits.CACHE_MIN_BYTES} ({limits.CACHE_MIN_BYTES // limits.MIB} MiB)"
-            )
-        if log_bytes is None:
-            log_bytes = limits.log_bytes_for(device_bytes)
+        check_device_bytes(path, device_bytes)
+        log_bytes = log_bytes or limits.log_bytes_for(device_bytes)
         check_log_bytes(log_bytes, device_bytes)
         if not force:
             refuse_when_not_empty(path, descriptor, device_bytes)
@@ -105,6 +102,15 @@ def format_cache(
     except NativeError as error:
         raise DeviceError(f"cannot format {escaped(path)}: {error.args[1]}") from None
     return cache_id
+
+
+def check_device_bytes(path: str, device_bytes: int) -> None:
+    """Room for the smallest log, slots and two checkpoints."""
+    if device_bytes < limits.CACHE_MIN_BYTES:
+        raise DeviceError(
+            f"{escaped(path)}: a cache of {device_bytes} bytes cannot be; it needs at least"
+            f" {limits.CACHE_MIN_BYTES // limits.MIB} MiB"
+        )
 
 
 def check_slot_bytes(slot_bytes: int) -> None:

@@ -29,6 +29,10 @@ class StoreAway(CacheError):
     """The store cannot be reached now; the same call later may succeed."""
 
 
+class CacheAway(CacheError):
+    """No cache answers at a control socket."""
+
+
 def escaped(text: str) -> str:
     """A name from outside as logfmt: quoted when needed, control characters escaped, bounded."""
     bounded = text if len(text) <= 256 else text[:253] + "..."

@@ -32,12 +32,18 @@ class CacheExports:
     """Exports of one daemon; see exports.Exports."""
 
     def __init__(
-        self, node: StoreNode, volume_for: Callable[[VolumeRecord], Volume], tasks: Tasks
+        self,
+        node: StoreNode,
+        volume_for: Callable[[VolumeRecord], Volume],
+        tasks: Tasks,
+        *,
+        read_only: bool,
     ) -> None:
         self.closing = False
         self._node = node
         self._volume_for = volume_for
         self._tasks = tasks
+        self._read_only = read_only
         self._names: list[str] = []
         self._refreshing = False
 
@@ -50,7 +56,7 @@ class CacheExports:
 
     async def describe(self, name: str) -> Export:
         """Look up at the store; "" is the only volume."""
-        return _export(await self._find(name))
+        return self._export(await self._find(name))
 
     async def open(self, name: str) -> "CacheOpenExport":
         """Attach to the volume; the first client opens it at the store."""
@@ -67,7 +73,7 @@ class CacheExports:
             ) from None
         except CacheError as error:
             raise _export_error(error, record.name) from None
-        return CacheOpenExport(_export(record), volume)
+        return CacheOpenExport(self._export(record), volume)
 
     async def learn(self) -> list[VolumeRecord]:
         """All volumes of the store; their names become the exports."""
@@ -82,6 +88,14 @@ class CacheExports:
             log.debug("exports not refreshed reason=%s", escaped(str(error)))
         finally:
             self._refreshing = False
+
+    def _export(self, record: VolumeRecord) -> Export:
+        return Export(
+            name=record.name,
+            size_bytes=record.size_bytes,
+            read_only=self._read_only,
+            description=f"Millpond volume {record.id}",
+        )
 
     async def _find(self, name: str) -> VolumeRecord:
         try:
@@ -120,15 +134,6 @@ class CacheOpenExport:
         volume, self._volume = self._volume, None
         if volume is not None:
             volume.detach()
-
-
-def _export(record: VolumeRecord) -> Export:
-    return Export(
-        name=record.name,
-        size_bytes=record.size_bytes,
-        read_only=False,
-        description=f"Millpond volume {record.id}",
-    )
 
 
 def _export_error(error: CacheError, name: str) -> ExportError:

@@ -63,6 +63,7 @@ class World:
     tasks: Tasks
     host: Admission
     volume_rates: RateLimits
+    read_only: bool
     connected: Callable[[int, "Volume"], None]
 
     @property
@@ -144,7 +145,11 @@ class Volume:
         self._world.connected(cookie, self)
         try:
             self._world.engine.connect(
-                self.id, descriptor, read_only=False, received=received, cookie=cookie
+                self.id,
+                descriptor,
+                read_only=self._world.read_only,
+                received=received,
+                cookie=cookie,
             )
         except NativeError:
             self.connection_closed(cookie)

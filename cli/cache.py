@@ -74,12 +74,13 @@ def serve(
     peak_rate: Annotated[
         str | None, typer.Option("--peak-rate", help="of destage in any second, bytes/s")
     ] = None,
+    read_only: Annotated[bool, typer.Option("--read-only", help="guests may not write")] = False,
     name: Annotated[str, typer.Option("--name", help="of this cache, in logs")] = "cache",
 ) -> None:
     """Serve every volume of a store over NBD until SIGTERM or SIGINT."""
     rates = parse_rates(average_rate, peak_rate)
     log_to_stderr()
-    config = CacheConfig(stores=tuple(store), host_rates=rates, name=name)
+    config = CacheConfig(stores=tuple(store), host_rates=rates, name=name, read_only=read_only)
     with expected_errors():
         run(_serve(device, config, nbd, control))
 

@@ -14,7 +14,14 @@ from urllib.parse import quote
 
 from millpond.cache.control import ControlServer
 from millpond.cache.daemon import CacheDaemon
-from millpond.cache.errors import CacheError, StoreAway, VolumeBusy, VolumeFenced, VolumeUnknown
+from millpond.cache.errors import (
+    CacheAway,
+    CacheError,
+    StoreAway,
+    VolumeBusy,
+    VolumeFenced,
+    VolumeUnknown,
+)
 from millpond.cache.shaping import RateLimits
 from millpond.cache.status import handlers_of
 from millpond.cli.output import parse_size
@@ -41,7 +48,7 @@ def expected_errors() -> Iterator[None]:
         raise CommandError(str(error), exit_code=BUSY) from None
     except VolumeUnknown as error:
         raise CommandError(str(error), exit_code=NOT_FOUND) from None
-    except StoreAway as error:
+    except (CacheAway, StoreAway) as error:
         raise CommandError(str(error), exit_code=UNREACHABLE) from None
     except (CacheError, NbdError) as error:
         raise CommandError(str(error), exit_code=FAILED) from None

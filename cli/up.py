@@ -24,7 +24,6 @@ from millpond.cache.chance import Chance
 from millpond.cache.daemon import CacheConfig, CacheDaemon
 from millpond.cache.device import format_cache, sync_directory
 from millpond.cache.errors import escaped
-from millpond.cache.shaping import RateLimits
 from millpond.cli.foreground import (
     StopSignals,
     expected_errors,
@@ -35,6 +34,7 @@ from millpond.cli.foreground import (
 )
 from millpond.cli.output import format_size, parse_size
 from millpond.cli.run import BUSY, NOT_FOUND, USAGE, CommandError, run
+from millpond.store.catalogue import check_size
 from millpond.store.client import StoreClient
 from millpond.store.daemon import StoreDaemon
 from millpond.store.errors import Code, StoreError
@@ -63,22 +63,31 @@ def up(
     peak_rate: Annotated[
         str | None, typer.Option("--peak-rate", help="of destage in any second, bytes/s")
     ] = None,
+    read_only: Annotated[bool, typer.Option("--read-only", help="guests may not write")] = False,
+    accept_loss: Annotated[
+        bool, typer.Option("--accept-loss", help="the cache is gone: go on from what the store has")
+    ] = False,
 ) -> None:
     """Serve one disk from DIR until SIGTERM or SIGINT."""
+    place = Place(directory)
     size_bytes = parse_size(size) if size is not None else None
     cache_bytes = parse_size(cache_size) if cache_size is not None else None
-    rates = parse_rates(average_rate, peak_rate)
+    settings = CacheConfig(
+        stores=(f"unix:{place.store_socket}",),
+        host_rates=parse_rates(average_rate, peak_rate),
+        name="millpond up",
+        read_only=read_only,
+    )
     check_sizes(size_bytes, cache_bytes)
     log_to_stderr()
-    place = Place(directory)
     with place.locked(), expected_errors():
-        run(_up(place, size_bytes, cache_bytes, rates))
+        run(_up(place, size_bytes, cache_bytes, settings, accept_loss=accept_loss))
 
 
 def check_sizes(size_bytes: int | None, cache_bytes: int | None) -> None:
     """Refuse what cannot work before anything is made."""
-    if size_bytes is not None and (size_bytes <= 0 or size_bytes % 4096):
-        raise CommandError("--size is a positive multiple of 4096 bytes", exit_code=USAGE)
+    if size_bytes is not None:
+        check_size(size_bytes)
     if cache_bytes is not None and cache_bytes < limits.CACHE_MIN_BYTES:
         raise CommandError(
             f"--cache-size is at least {format_size(limits.CACHE_MIN_BYTES)}iB", exit_code=USAGE
@@ -128,7 +137,12 @@ class DirectoryLock:
 
 
 async def _up(
-    place: Place, size_bytes: int | None, cache_bytes: int | None, rates: RateLimits
+    place: Place,
+    size_bytes: int | None,
+    cache_bytes: int | None,
+    config: CacheConfig,
+    *,
+    accept_loss: bool,
 ) -> None:
     signals = StopSignals()
     has_cache = check_cache_file(place, cache_bytes)
@@ -138,11 +152,12 @@ async def _up(
     )
     serving_store = asyncio.create_task(store.serve())
     try:
-        address = f"unix:{place.store_socket}"
+        (address,) = config.stores
         await ensure_volume(place, address, size_bytes, may_create=not has_cache)
         if not has_cache:
+            await check_nothing_lost(place, address, accept_loss=accept_loss)
             make_cache(place, cache_bytes or DEFAULT_CACHE_BYTES)
-        await _serve(place, address, rates, signals, serving_store)
+        await _serve(place, config, signals, serving_store)
     finally:
         store.request_stop()
         await serving_store
@@ -208,6 +223,39 @@ async def ensure_volume(
         await client.close()
 
 
+async def check_nothing_lost(place: Place, address: str, *, accept_loss: bool) -> None:
+    """A new cache for a volume whose old one held writes: only when the operator says so."""
+    chance = Chance()
+    ours = chance.new_id()
+    client = await StoreClient.connect(
+        address, role="control", client_id=ours, client_name="millpond up"
+    )
+    try:
+        volume = (await client.call("volume.show", name=VOLUME_NAME))["volume"]
+        if volume["dirty_holder"] is None and volume["open_holder"] is None:
+            return
+        if not accept_loss:
+            raise CommandError(
+                f"the cache of {place.shown} is gone, and may have held writes after sequence"
+                f" {volume['applied_sequence']} that the store does not have; bring DIR/cache back,"
+                " or lose them with --accept-loss",
+                exit_code=BUSY,
+            )
+        opened = await client.call(
+            "volume.open",
+            id=volume["id"],
+            cache_id=ours.hex(),
+            lineage=chance.new_lineage(),
+            first_sequence=None,
+            expected_epoch=volume["epoch"],
+            accept_loss=True,
+        )
+        epoch = opened["volume"]["epoch"]
+        await client.call("volume.close", id=volume["id"], epoch=epoch, cache_id=ours.hex())
+    finally:
+        await client.close()
+
+
 def make_cache(place: Place, cache_bytes: int) -> None:
     """Format under another name; the rename says that it is whole."""
     with suppress(FileNotFoundError):
@@ -224,12 +272,10 @@ def make_cache(place: Place, cache_bytes: int) -> None:
 
 async def _serve(
     place: Place,
-    address: str,
-    rates: RateLimits,
+    config: CacheConfig,
     signals: StopSignals,
     serving_store: "asyncio.Task[None]",
 ) -> None:
-    config = CacheConfig(stores=(address,), host_rates=rates, name="millpond up")
     daemon = await CacheDaemon.start(place.cache, config)
     await serve_cache(
         daemon,

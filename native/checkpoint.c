@@ -13,8 +13,10 @@
  * What a crash leaves: before the superblock: the old checkpoint, whole. After: the new one.
  * Failure modes: a failed write or sync fails the engine (nothing is acknowledged any more).
  */
-#define XXH_INLINE_ALL
 #include <xxhash.h>
+#if defined(__x86_64__) && __has_include(<xxh_x86dispatch.h>)
+#include <xxh_x86dispatch.h> /* see checksum.c */
+#endif
 
 #include "engine_internal.h"
 
@@ -119,6 +121,8 @@ static bool begin(struct mp_engine *engine)
 	checkpoint->wanted = false;
 	checkpoint->serial++;
 	checkpoint->log_bytes = 0;
+	checkpoint->slot_changes = checkpoint->slot_bytes = 0;
+	checkpoint->began_ns = engine->now_ns;
 	checkpoint->clean = engine->stopping;
 	checkpoint->cursor = 0;
 	checkpoint->filled_bytes = 0;
@@ -379,6 +383,26 @@ static void advance(struct mp_engine *engine)
 	default:
 		write_super(engine);
 	}
+}
+
+void checkpoint_note_fill(struct mp_engine *engine, uint64_t bytes)
+{
+	uint64_t limit = engine->super.checkpoint_length_bytes * CHECKPOINT_FILLS_FACTOR;
+
+	engine->checkpoint.slot_changes++;
+	engine->checkpoint.slot_bytes += bytes;
+	limit = limit > CHECKPOINT_FILLS_BYTES ? limit : CHECKPOINT_FILLS_BYTES;
+	engine->checkpoint.wanted |= engine->checkpoint.slot_bytes >= limit;
+}
+
+uint64_t checkpoint_due_ns(const struct mp_engine *engine)
+{
+	const struct checkpoint *checkpoint = &engine->checkpoint;
+
+	if (!checkpoint->slot_changes || checkpoint->running || engine->failed ||
+	    engine->super.checkpoint_length_bytes > CHECKPOINT_CHEAP_BYTES)
+		return UINT64_MAX;
+	return checkpoint->began_ns + CHECKPOINT_FILLS_NS;
 }
 
 void checkpoint_step(struct mp_engine *engine)

@@ -35,6 +35,13 @@ enum {
 
 /* Quiet time after a sync before a record tells recovery about it; see log.c. */
 #define SYNCED_RECORD_DELAY_NS 50000000ULL
+/* Filled slots are worth a checkpoint (a crash forgets those behind it): soon while one is cheap, else by the
+ * bytes filled, so that checkpoints stay a small part of what is written. */
+#define CHECKPOINT_FILLS_NS 5000000000ULL
+#define CHECKPOINT_CHEAP_BYTES (32ULL * 1024 * 1024)
+#define CHECKPOINT_FILLS_BYTES (64ULL * 1024 * 1024)
+#define CHECKPOINT_FILLS_FACTOR 8
+
 /* Ages of dirty data are known to this resolution. */
 #define AGE_RESOLUTION_NS 100000000ULL
 

@@ -11,8 +11,11 @@
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "format.h"
+
+enum { REPLACEMENT_COOKIE = 1000 };
 
 struct operation {
 	struct mp_io io;
@@ -34,6 +37,7 @@ struct mp_driver_test {
 	uint64_t first_event, event_count, event_capacity;
 	uint64_t close_cookie;
 	int close_socket;                 /* -1: none */
+	int replacement;                  /* -1: none */
 };
 
 static void *grow(void *array, uint64_t needed, uint64_t *capacity, size_t element_bytes)
@@ -98,6 +102,11 @@ static void on_ready(void *owner, void *context, uint32_t ready)
 	if (socket >= 0 && test->close_cookie == cookie) {
 		test->close_socket = -1;
 		test->driver->close_socket(test->driver->self, socket);
+		if (test->replacement >= 0) {
+			int number = dup2(test->replacement, socket);
+			assert(number == socket);
+			mp_driver_test_watch(test, socket, MP_SOCKET_READ, REPLACEMENT_COOKIE);
+		}
 	}
 }
 
@@ -258,9 +267,11 @@ void mp_driver_test_close(struct mp_driver_test *test, int socket)
 	test->driver->close_socket(test->driver->self, socket);
 }
 
-void mp_driver_test_close_on_ready(struct mp_driver_test *test, uint64_t cookie, int socket)
+void mp_driver_test_close_on_ready(struct mp_driver_test *test, uint64_t cookie, int socket,
+				   int replacement)
 {
 	test->close_cookie = cookie;
+	test->replacement = replacement;
 	test->close_socket = socket;
 }
 

@@ -45,8 +45,11 @@ void mp_driver_test_notify(struct mp_driver_test *test);
 int mp_driver_test_watch(struct mp_driver_test *test, int socket, uint32_t interest,
 			 uint64_t cookie);
 void mp_driver_test_close(struct mp_driver_test *test, int socket);
-/* When the socket of this cookie is ready next, close that other socket inside on_ready. */
-void mp_driver_test_close_on_ready(struct mp_driver_test *test, uint64_t cookie, int socket);
+/* When the socket of this cookie is ready next, close that other socket inside on_ready. With a
+ * replacement >= 0 (real sockets), it takes the closed one's number at once, watched for reading
+ * with the cookie 1000: as accept would. */
+void mp_driver_test_close_on_ready(struct mp_driver_test *test, uint64_t cookie, int socket,
+				   int replacement);
 int64_t mp_driver_test_receive(struct mp_driver_test *test, int socket, void *out,
 			       uint64_t capacity_bytes);
 int64_t mp_driver_test_send(struct mp_driver_test *test, int socket, const void *bytes,

@@ -9,7 +9,7 @@
 
 #include <stdio.h>
 
-enum { PUBLISH_NS = 5000000 };
+enum { PUBLISH_NS = 5000000, SEGMENTS_LOW = 4 };
 #define STOP_GRACE_NS 1000000000ULL
 
 void engine_submit(struct mp_engine *engine, struct mp_io *io)
@@ -212,7 +212,7 @@ static struct volume *volume_create(struct mp_engine *engine, const uint8_t *id)
 	return NULL;
 }
 
-static void opened(struct volume *volume, const struct command *command, bool changed)
+static void opened(struct volume *volume, const struct command *command)
 {
 	struct mp_engine *engine = volume->engine;
 
@@ -228,11 +228,8 @@ static void opened(struct volume *volume, const struct command *command, bool ch
 		volume->dirty_ready_told = true;
 		engine_volume_event(volume, MP_EVENT_DIRTY_READY, 0, 0);
 	}
-	if (!changed) {
-		engine_volume_event(volume, MP_EVENT_OPENED, 0, command->cookie);
-		return;
-	}
-	/* The start of a chain must be on the device before its first record: recovery begins there. */
+	/* The start of a chain must be on the device before its first record: recovery begins there. And the device
+	 * remembers every epoch, so that after a crash it is known whether slots missed somebody else's writes. */
 	volume->open_pending = true;
 	volume->open_cookie = command->cookie;
 	volume->open_serial = engine->checkpoint.serial + 1;
@@ -250,7 +247,7 @@ static int open_volume(struct mp_engine *engine, const struct command *command)
 		if (!volume)
 			return -ENOSPC;
 		chain_start(volume, at);
-		opened(volume, command, true);
+		opened(volume, command);
 		return 0;
 	}
 	if (volume->failed)
@@ -265,11 +262,11 @@ static int open_volume(struct mp_engine *engine, const struct command *command)
 		volume->origin = engine->next_origin++;
 	if (same) {
 		destaged(volume, at);
-		opened(volume, command, !command->flag);
+		opened(volume, command);
 	} else {
 		volume_purge(volume);
 		chain_start(volume, at);
-		opened(volume, command, true);
+		opened(volume, command);
 	}
 	return 0;
 }
@@ -535,8 +532,12 @@ static void background(struct mp_engine *engine)
 	release_step(engine);
 	if (engine->tombstone_count)
 		sweep_step(engine);
-	if (engine->segments_waiting && engine->segments_free < engine->segment_count / 4)
+	/* A checkpoint costs a walk over index and slots: let several segments wait for one, unless appends need them. */
+	if (engine->segments_waiting && engine->segments_free < engine->segment_count / 4 &&
+	    (engine->segments_waiting >= engine->segment_count / 8 ||
+	     engine->segments_free <= SEGMENTS_LOW))
 		engine->checkpoint.wanted = true;
+	engine->checkpoint.wanted |= checkpoint_due_ns(engine) <= engine->now_ns;
 	checkpoint_step(engine);
 }
 
@@ -572,9 +573,9 @@ static int64_t wait_ns(const struct mp_engine *engine, int64_t timeout_ns, uint6
 
 int64_t mp_engine_step(struct mp_engine *engine, int64_t timeout_ns)
 {
-	uint64_t timer = log_next_timer_ns(engine);
+	uint64_t timer = log_next_timer_ns(engine), due = checkpoint_due_ns(engine);
 	int64_t handled = engine->driver->wait(engine->driver->self,
-					       wait_ns(engine, timeout_ns, timer));
+					       wait_ns(engine, timeout_ns, timer < due ? timer : due));
 
 	if (handled < 0)
 		return handled;

@@ -312,6 +312,8 @@ struct checkpoint {
 	struct mp_cache_checkpoint header;
 	struct mp_cache_super super;
 	uint64_t log_bytes;           /* appended since the last one began */
+	uint64_t slot_changes, slot_bytes; /* filled since the last one began */
+	uint64_t began_ns;
 };
 struct syncer {
 	bool running, wanted;
@@ -454,6 +456,9 @@ bool release_wanted(const struct mp_engine *engine);
 
 /* checkpoint.c, recovery.c */
 void checkpoint_step(struct mp_engine *engine);
+void checkpoint_note_fill(struct mp_engine *engine, uint64_t bytes);
+/* When a checkpoint is due because of filled slots; UINT64_MAX: not at all. */
+uint64_t checkpoint_due_ns(const struct mp_engine *engine);
 void checkpoint_fill_volume(const struct volume *volume, struct mp_cache_volume *out);
 int super_write(struct mp_driver *driver, struct mp_cache_super *super, uint32_t *copy); /* blocking */
 int recovery_run(struct mp_engine *engine, char *message, uint64_t message_bytes);

@@ -137,6 +137,7 @@ static void fill_done(struct mp_io *io)
 			mp_slots_install(engine->slots, fill->slot, block, fill->checksums[i]);
 	}
 	unclaim(engine, fill->slot, fill->count);
+	checkpoint_note_fill(engine, fill->iov.iov_len);
 	free(fill);
 	read->fills--;
 	read_release(read);
@@ -226,6 +227,7 @@ static uint32_t fill_slot(struct read *read, uint32_t first, uint32_t count, uin
 		for (i = 0; i < claimed; i++)
 			mp_slots_install(engine->slots, slot, read->first_block + first + i, 0);
 		unclaim(engine, slot, claimed);
+		checkpoint_note_fill(engine, 0);
 		free(fill);
 	} else
 		fill_submit(engine, fill);

@@ -1,10 +1,11 @@
 /* map.c - trees of copy-on-write pages: a volume's map, a segment's extent table.
  *
- * A tree has inner pages of 256 references above leaves; a missing reference is a hole. Walking down
- * in order to change something makes every page on the way dirty (pages.c), which changes no content
- * and may therefore be broken off (-EAGAIN) and started again at will. Contents change only when all
- * pages a mutation needs are dirty, in one turn of the reactor: readers see all of it or nothing.
- * A range that covers whole subtrees detaches them unseen; storegrave.c walks them later.
+ * A tree has inner pages of 256 references above leaves; a missing reference is a hole. Walking
+ * down in order to change something makes every page on the way dirty (pages.c), which changes no
+ * content and may therefore be broken off (-EAGAIN) and started again at will. Contents change
+ * only when all pages a mutation needs are dirty, in one turn of the reactor: readers see all of
+ * it or nothing. A range that covers whole subtrees detaches them unseen; storegrave.c walks them
+ * later.
  * Failure modes: the error of a page that cannot be had.
  */
 #include "store_internal.h"
@@ -22,7 +23,8 @@ static int covers(const struct store_tree *tree, uint64_t key)
 	return shift >= 64 || key >> shift == 0;
 }
 
-static struct mp_page_descriptor describe(const struct store_tree *tree, uint64_t key, uint32_t level)
+static struct mp_page_descriptor describe(const struct store_tree *tree, uint64_t key,
+					  uint32_t level)
 {
 	struct mp_page_descriptor about = {.segment = tree->segment, .level = level};
 
@@ -50,7 +52,8 @@ static int step(struct mp_store *store, struct store_tree *tree, uint64_t key, u
 	return error;
 }
 
-/* The reference to the page of level that covers key. A hole above it: *ref is NULL, *hole its level. */
+/* The reference to the page of level that covers key. A hole above it: *ref is NULL, *hole its
+ * level. */
 static int walk(struct mp_store *store, struct store_tree *tree, uint64_t key, uint32_t level,
 		enum store_walk how, struct mp_page_ref **ref, uint32_t *hole)
 {
@@ -73,7 +76,8 @@ static int walk(struct mp_store *store, struct store_tree *tree, uint64_t key, u
 	return 0;
 }
 
-int store_tree_leaf(struct mp_store *store, struct store_tree *tree, uint64_t key, enum store_walk how,
+int store_tree_leaf(struct mp_store *store, struct store_tree *tree, uint64_t key,
+		    enum store_walk how,
 		    uint8_t **leaf)
 {
 	struct mp_page_ref *ref;
@@ -118,6 +122,26 @@ void store_tree_grow(struct mp_store *store, struct store_tree *tree, uint64_t k
 	}
 }
 
+int store_tree_move(struct mp_store *store, struct store_tree *tree,
+		    const struct mp_page_descriptor *about, uint64_t segment)
+{
+	struct mp_page_ref *ref;
+	struct store_page *page;
+	uint32_t hole;
+	int error;
+
+	if (about->level > tree->height || !covers(tree, about->first_key))
+		return 0;
+	error = walk(store, tree, about->first_key, about->level, STORE_LOOK, &ref, &hole);
+	if (error || !ref || ref->place >> MP_PLACE_PAGE_BITS != segment ||
+	    ref->checksum != about->checksum)
+		return error;
+	error = walk(store, tree, about->first_key, about->level, STORE_DIRTY, &ref, &hole);
+	if (!error)
+		error = step(store, tree, about->first_key, about->level, STORE_DIRTY, ref, &page);
+	return error ? error : 1;
+}
+
 int store_extent_get(struct mp_store *store, uint64_t address, enum store_walk how,
 		     struct mp_extent_entry **entry)
 {
@@ -134,11 +158,13 @@ int store_extent_get(struct mp_store *store, uint64_t address, enum store_walk h
 	if (error)
 		return error;
 	assert(leaf);
-	*entry = (struct mp_extent_entry *)(void *)leaf + (index & ((1 << MP_EXTENT_LEAF_BITS) - 1));
+	*entry = (struct mp_extent_entry *)(void *)leaf +
+		 (index & ((1 << MP_EXTENT_LEAF_BITS) - 1));
 	return 0;
 }
 
-/* No map refers to address any more. Its table page is dirty already. volume: whose bytes they were, or NULL. */
+/* No map refers to address any more. Its table page is dirty already. volume: whose bytes they
+ * were, or NULL. */
 void store_extent_kill(struct mp_store *store, struct store_volume *volume, uint64_t address)
 {
 	uint8_t bit = (uint8_t)(1 << (address & (MP_EXTENT_BLOCKS - 1)));
@@ -247,7 +273,8 @@ int store_map_clear(struct mp_store *store, struct store_volume *volume, uint64_
 
 		if (error && error != -EAGAIN)
 			return error;
-		if (error && !next) /* the way down is missing: what is behind it is not known yet */
+		/* the way down is missing: what is behind it is not known yet */
+		if (error && !next)
 			return error;
 		missing |= error;
 		first_block = next;

@@ -707,6 +707,8 @@ static void connection_close(struct connection *connection)
 	engine_volume_event(connection->volume, MP_EVENT_CONNECTION_CLOSED,
 			    connection->disconnected ? 1 : 0, connection->cookie);
 	connection->volume->connections--;
+	/* A guest went away: a good time to save what its reads brought in. */
+	engine->checkpoint.wanted |= engine->checkpoint.slot_changes > 0;
 	engine->connection_count--;
 	engine->paused -= connection->paused;
 	list_remove(&connection->in_engine);

@@ -167,7 +167,8 @@ static void load(struct mp_store *store, struct store_page *page)
 	store_submit(store, page->load, MP_OP_READ, file, offset_bytes, page->data, MP_PAGE_BYTES);
 }
 
-/* 0; -EAGAIN and store->missing; or why the page cannot be had. The page stays until the turn ends. */
+/* 0; -EAGAIN and store->missing; or why the page cannot be had. The page stays until the turn
+ * ends. */
 int store_page_get(struct mp_store *store, const struct mp_page_ref *ref, struct store_page **out)
 {
 	struct store_page *page = find(store, ref->place);
@@ -211,7 +212,8 @@ static uint64_t place_in_memory(struct mp_store *store)
 }
 
 static struct store_page *make_dirty(struct mp_store *store, struct store_page *page,
-				     struct mp_page_ref *home, const struct mp_page_descriptor *about)
+				     struct mp_page_ref *home,
+					const struct mp_page_descriptor *about)
 {
 	page->state = STORE_PAGE_DIRTY;
 	page->about = *about;
@@ -231,9 +233,11 @@ struct store_page *store_page_new(struct mp_store *store, struct mp_page_ref *ho
 	return make_dirty(store, page, home, about);
 }
 
-/* Make a page changeable. home is the reference to it, in a page that is dirty itself or at a root. */
+/* Make a page changeable. home is the reference to it, in a page that is dirty itself or at a
+ * root. */
 struct store_page *store_page_dirty(struct mp_store *store, struct store_page *page,
-				    struct mp_page_ref *home, const struct mp_page_descriptor *about)
+				    struct mp_page_ref *home,
+					const struct mp_page_descriptor *about)
 {
 	if (page->state == STORE_PAGE_DIRTY) {
 		page->home = home;

@@ -108,6 +108,7 @@ static void promotion_done(struct mp_io *io)
 		forget_block(volume, block, promotion->address + i);
 		mp_slots_unpin(engine->slots, promotion->slot);
 	}
+	checkpoint_note_fill(engine, promotion->iov.iov_len);
 	free(promotion);
 	engine->release.fills--;
 }

@@ -1,7 +1,8 @@
 /* store.c - the store's reactor: one turn after the other, and what other threads may ask.
  *
- * Happy path: wait runs completions; then the inbox is handed out and everything that became possible
- * is started: log, apply, reads, graves, checkpoint, reclaim. The rest of the files never wait.
+ * Happy path: wait runs completions; then the inbox is handed out and everything that became
+ * possible is started: log, apply, reads, graves, checkpoint, reclaim. The rest of the files never
+ * wait.
  * Failure modes: a failed write or sync of log or checkpoint: the store is failed; everything is
  * answered MP_STATUS_IO until it is opened again. The world ended (simulated crash): step says so.
  */
@@ -66,7 +67,8 @@ void store_submit(struct mp_store *store, struct store_io *io, uint32_t op, uint
 	store->driver->submit(store->driver->self, &submitted, 1);
 }
 
-void store_fail(struct mp_store *store, int error, const char *what, uint64_t file, uint64_t offset_bytes)
+void store_fail(struct mp_store *store, int error, const char *what, uint64_t file,
+		uint64_t offset_bytes)
 {
 	store->counters.io_errors++;
 	if (store->failure)
@@ -75,7 +77,8 @@ void store_fail(struct mp_store *store, int error, const char *what, uint64_t fi
 	store->failure = error;
 	store->counters.failed = 1;
 	snprintf(store->failure_message, sizeof store->failure_message,
-		 "%s %llu at offset %llu: error %d; nothing is acknowledged any more: check the disk, "
+		 "%s %llu at offset %llu: error %d; "
+		 "nothing is acknowledged any more: check the disk, "
 		 "then restart the store", what, (unsigned long long)file,
 		 (unsigned long long)offset_bytes, -error);
 	pthread_mutex_unlock(&store->mutex);
@@ -181,8 +184,9 @@ void store_dispatch(struct mp_store *store)
 
 static int quiet(const struct mp_store *store)
 {
-	return store_log_idle(store) && !store->reads && !store->reads_waiting.head &&
-	       !store->checkpoint && !store->ios_in_flight;
+	if (store->reads || store->reads_waiting.head || store->ios_in_flight)
+		return 0;
+	return store->failure || (store_log_idle(store) && !store->checkpoint);
 }
 
 /* Asked to stop: what was accepted is finished, then one checkpoint, then nothing is in flight. */
@@ -203,7 +207,8 @@ static void wind_down(struct mp_store *store)
 		return;
 	}
 	/* No space for it is no reason to wait: the log is whole. */
-	if (store->failure || store->final_checkpoint != 1 || store->turn_ns < store->full_until_ns) {
+	if (store->failure || store->final_checkpoint != 1 ||
+	    store->turn_ns < store->full_until_ns) {
 		pthread_mutex_lock(&store->mutex);
 		store->stopped = !store_reclaiming(store) || store->failure;
 		pthread_mutex_unlock(&store->mutex);
@@ -220,6 +225,7 @@ static void turn(struct mp_store *store)
 	store_log_advance(store);
 	store_graves_advance(store);
 	store_checkpoint_advance(store);
+	store_sweep_advance(store);
 	store_reclaim(store);
 	store_pages_trim(store);
 	wind_down(store);
@@ -322,7 +328,8 @@ static void set_limits(struct mp_store *store, const struct mp_store_options *op
 		store->dirty_limit = store->options.segment_bytes / MP_PAGE_BYTES / 2;
 }
 
-struct mp_store *mp_store_open(struct mp_driver *driver, const struct mp_store_options *options, int *error,
+struct mp_store *mp_store_open(struct mp_driver *driver, const struct mp_store_options *options,
+			       int *error,
 			       char *message, uint64_t message_bytes)
 {
 	struct mp_store *store = store_allocate(sizeof *store);
@@ -364,6 +371,7 @@ void mp_store_free(struct mp_store *store)
 		}
 	}
 	store_pages_free(store);
+	free(store->sweep.head);
 	store_segments_free(store);
 	free(store->origins);
 	pthread_mutex_destroy(&store->mutex);
@@ -385,7 +393,8 @@ int mp_store_get_volume(struct mp_store *store, const uint8_t *id, struct mp_vol
 	return error;
 }
 
-int64_t mp_store_list_volumes(struct mp_store *store, struct mp_volume_state *out, uint64_t capacity)
+int64_t mp_store_list_volumes(struct mp_store *store, struct mp_volume_state *out,
+			      uint64_t capacity)
 {
 	uint64_t count = 0;
 

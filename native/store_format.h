@@ -26,7 +26,8 @@ enum {
 	MP_GRAVE_EXTENTS = 2
 };
 
-/* An address never changes: segment << 24 | extent index << 2 | block within the extent. 0: a hole. */
+/* An address never changes: segment << 24 | extent index << 2 | block within the extent. 0: a
+ * hole. */
 
 /* What a tree holds about a page. place = segment << 24 | offset in the file / 4096; 0: none. */
 struct mp_page_ref {
@@ -36,7 +37,8 @@ struct mp_page_ref {
 
 /* One extent of a segment. All zero: none. */
 struct mp_extent_entry {
-	uint64_t segment_origin;     /* file that holds the bytes << 24 | number in the origin table */
+	/* file that holds the bytes << 24 | number in the origin table */
+	uint64_t segment_origin;
 	uint64_t first_block;
 	uint32_t offset_bytes;       /* of the stored bytes in the file */
 	uint16_t stored_length_bytes;
@@ -56,8 +58,8 @@ struct mp_page_descriptor {
 	uint64_t checksum;           /* of the page */
 };
 
-/* CHECKPOINT payload = header | volumes | segments | origins (16 bytes each) | graves, cut into records
- * of at most MP_RECORD_PAYLOAD_MAX, all in one group. */
+/* CHECKPOINT payload = header | volumes | segments | origins (16 bytes each) | graves, cut into
+ * records of at most MP_RECORD_PAYLOAD_MAX, all in one group. */
 struct mp_checkpoint {
 	uint64_t version;
 	uint64_t length_bytes;       /* of the whole payload */

@@ -1,8 +1,8 @@
 /* store_internal.h - state of the store's core and what its files ask of one another.
  *
  * One reactor thread owns everything; what other threads may touch is behind mutex and marked so.
- * All functions here: reactor thread only, unless they say otherwise. -EAGAIN: a page is being read;
- * store->missing is the page to wait for, the caller starts again when it has arrived.
+ * All functions here: reactor thread only, unless they say otherwise. -EAGAIN: a page is being
+ * read; store->missing is the page to wait for, the caller starts again when it has arrived.
  */
 #ifndef MILLPOND_STORE_INTERNAL_H
 #define MILLPOND_STORE_INTERNAL_H
@@ -18,7 +18,8 @@
 #include "store_format.h"
 
 enum {
-	STORE_LEVELS = 8,               /* 9 + 7 * 8 bits of block number: more than 2^64 bytes have */
+	/* 9 + 7 * 8 bits of block number: more than 2^64 bytes have */
+	STORE_LEVELS = 8,
 	STORE_PAGE_BUCKETS = 16384,
 	STORE_VOLUME_BUCKETS = 4096,
 	STORE_CONNECTION_BUCKETS = 256,
@@ -36,7 +37,8 @@ enum {
 #define STORE_EVIDENCE_NS 50000000ULL       /* idle time before synced_commit is put on record */
 #define STORE_FULL_RETRY_NS 100000000ULL
 #define STORE_SEGMENT_MAX_BYTES (1ULL << 30)
-#define STORE_IN_MEMORY (1ULL << 63)        /* in a place: number of a page that is on no disk yet */
+/* in a place: number of a page that is on no disk yet */
+#define STORE_IN_MEMORY (1ULL << 63)
 
 struct mp_store;
 struct store_page;
@@ -55,8 +57,8 @@ struct store_wait {
 	void (*ready)(struct mp_store *store, struct store_wait *wait);
 };
 
-/* CLEAN: equals the disk, may be evicted. DIRTY: newer than any checkpoint. WRITING: frozen by the running
- * checkpoint; to change it, it is copied. */
+/* CLEAN: equals the disk, may be evicted. DIRTY: newer than any checkpoint. WRITING: frozen by the
+ * running checkpoint; to change it, it is copied. */
 enum store_page_state { STORE_PAGE_LOADING, STORE_PAGE_FAILED, STORE_PAGE_CLEAN, STORE_PAGE_DIRTY,
 	STORE_PAGE_WRITING };
 
@@ -133,8 +135,8 @@ struct store_batch {                       /* what admission needs to know of a 
 	uint32_t data_extents;
 };
 
-/* A frame being worked on. buffer is 4 KiB aligned and laid out so that it can become a group: frame header at
- * 64, payload at MP_GROUP_HEADER_BYTES, room for padding behind. */
+/* A frame being worked on. buffer is 4 KiB aligned and laid out so that it can become a group:
+ * frame header at 64, payload at MP_GROUP_HEADER_BYTES, room for padding behind. */
 struct store_request {
 	struct store_request *next;
 	struct store_connection *connection;
@@ -153,7 +155,9 @@ struct store_group {
 	struct store_group *next;
 	uint8_t *buffer;
 	struct store_segment *segment;
-	struct store_queue requests;       /* answered when it was applied */
+	struct store_queue requests;       /* in it; answered when it was applied */
+	/* repeats of what is in it or before it; answered then too */
+	struct store_queue riders;
 	uint64_t length_bytes, offset_bytes, commit, checksum;
 	uint64_t apply_offset;             /* of the next record to apply; 0: none yet */
 	uint32_t record_count;
@@ -170,6 +174,17 @@ struct store_grave {
 	struct store_grave *next;
 	struct mp_page_ref root;
 	uint32_t level, kind;
+};
+
+/* A round through mostly dead meta segments. */
+struct store_sweep {
+	struct store_io io;
+	struct store_wait wait;
+	uint8_t *head;                     /* of the group at segment, offset; NULL: none read */
+	uint64_t segment, offset_bytes, group_bytes;
+	uint64_t budget_pages;             /* 0: no round */
+	uint32_t index, count;             /* descriptors of the group */
+	uint8_t reading, blocked;
 };
 
 struct store_checkpoint;
@@ -213,6 +228,7 @@ struct mp_store {
 	struct store_queue queue;          /* checked, not admitted */
 	struct store_group *groups, *groups_last;       /* appended, not durable */
 	struct store_group *durable, *durable_last;     /* to be applied */
+	struct store_group *building;
 	uint32_t groups_writing, groups_unapplied;
 	struct store_position position;    /* of the next group */
 	struct store_position applied;     /* behind the last applied group */
@@ -231,8 +247,9 @@ struct mp_store {
 	struct store_grave *graves;
 	uint64_t grave_count;
 	struct store_wait grave_wait;
-	uint8_t grave_blocked;
+	uint8_t grave_blocked;             /* 1: by a page; 2: by an error, until a checkpoint */
 
+	struct store_sweep sweep;
 	struct store_read *reads;
 	struct store_queue reads_waiting;
 	uint32_t reads_in_flight;
@@ -267,19 +284,22 @@ void *store_allocate_aligned(uint64_t length_bytes); /* not zeroed */
 void *store_grow(void *array, uint64_t *capacity, uint64_t needed, uint64_t item_bytes);
 void store_submit(struct mp_store *store, struct store_io *io, uint32_t op, uint64_t file,
 		  uint64_t offset_bytes, void *buffer, uint64_t length_bytes);
-void store_fail(struct mp_store *store, int error, const char *what, uint64_t file, uint64_t offset_bytes);
+void store_fail(struct mp_store *store, int error, const char *what, uint64_t file,
+		uint64_t offset_bytes);
 void store_queue_push(struct store_queue *queue, struct store_request *request);
 struct store_request *store_queue_pop(struct store_queue *queue);
 struct store_volume *store_volume_find(struct mp_store *store, const uint8_t *id);
 struct store_volume *store_volume_add(struct mp_store *store, const uint8_t *id);
 void store_volume_remove(struct mp_store *store, struct store_volume *volume);
 void store_dispatch(struct mp_store *store);
-int store_recover(struct mp_store *store, char *message, uint64_t message_bytes); /* storerecover.c */
+/* storerecover.c */
+int store_recover(struct mp_store *store, char *message, uint64_t message_bytes);
 
 /* storeconnection.c */
 struct store_chunk *store_reply_start(const struct store_request *request, uint64_t payload_bytes,
 				      uint64_t checked_bytes, uint32_t status, uint8_t **payload);
-void store_reply_finish(struct mp_store *store, struct store_request *request, struct store_chunk *chunk);
+void store_reply_finish(struct mp_store *store, struct store_request *request,
+			struct store_chunk *chunk);
 void store_reply(struct mp_store *store, struct store_request *request, uint32_t status);
 void store_connections_free(struct mp_store *store);
 void store_request_free(struct mp_store *store, struct store_request *request);
@@ -289,7 +309,8 @@ int store_page_get(struct mp_store *store, const struct mp_page_ref *ref, struct
 struct store_page *store_page_new(struct mp_store *store, struct mp_page_ref *home,
 				  const struct mp_page_descriptor *about);
 struct store_page *store_page_dirty(struct mp_store *store, struct store_page *page,
-				    struct mp_page_ref *home, const struct mp_page_descriptor *about);
+				    struct mp_page_ref *home,
+					const struct mp_page_descriptor *about);
 void store_page_release(struct mp_store *store, const struct mp_page_ref *ref);
 void store_page_wait(struct mp_store *store, struct store_wait *wait); /* for store->missing */
 void store_page_freeze(struct mp_store *store, struct store_page *page, uint64_t place);
@@ -299,9 +320,13 @@ void store_pages_free(struct mp_store *store);
 
 /* map.c */
 enum store_walk { STORE_LOOK, STORE_DIRTY, STORE_CREATE };
-int store_tree_leaf(struct mp_store *store, struct store_tree *tree, uint64_t key, enum store_walk how,
+int store_tree_leaf(struct mp_store *store, struct store_tree *tree, uint64_t key,
+		    enum store_walk how,
 		    uint8_t **leaf); /* 0 and NULL: a hole */
 void store_tree_grow(struct mp_store *store, struct store_tree *tree, uint64_t keys);
+/* Make the page dirty if it is the one about tells of, in that segment. 1: it was; 0; -errno. */
+int store_tree_move(struct mp_store *store, struct store_tree *tree,
+		    const struct mp_page_descriptor *about, uint64_t segment);
 int store_extent_get(struct mp_store *store, uint64_t address, enum store_walk how,
 		     struct mp_extent_entry **entry);
 void store_extent_kill(struct mp_store *store, struct store_volume *volume, uint64_t address);
@@ -312,17 +337,21 @@ int store_map_clear(struct mp_store *store, struct store_volume *volume, uint64_
 /* storeadmit.c */
 uint32_t store_batch_check(struct mp_store *store, const uint8_t *bytes, uint64_t length_bytes,
 			   struct store_batch *batch);
-uint32_t store_admission(struct mp_store *store, struct store_request *request); /* changes nothing */
+/* changes nothing */
+uint32_t store_admission(struct mp_store *store, struct store_request *request);
 void store_admit(struct mp_store *store, struct store_request *request);
 
 /* storesegment.c */
 struct store_segment *store_segment_find(struct mp_store *store, uint64_t id);
 struct store_segment *store_segment_add(struct mp_store *store, uint64_t id, uint32_t kind);
 void store_segment_insert(struct mp_store *store, struct store_segment *segment);
-int store_segment_want(struct mp_store *store, uint32_t kind, uint64_t bytes); /* -ENOSPC: full for now */
+/* -ENOSPC: full for now */
+int store_segment_want(struct mp_store *store, uint32_t kind, uint64_t bytes);
 void store_segment_seal(struct mp_store *store, struct store_segment *segment);
-void store_segment_drop_dead(struct mp_store *store); /* at freeze: what the checkpoint leaves out */
-void store_dead_range(struct mp_store *store, uint64_t segment, uint64_t offset_bytes, uint64_t length_bytes);
+/* at freeze: what the checkpoint leaves out */
+void store_segment_drop_dead(struct mp_store *store);
+void store_dead_range(struct mp_store *store, uint64_t segment, uint64_t offset_bytes,
+		      uint64_t length_bytes);
 void store_ranges_release(struct mp_store *store, struct store_ranges *from);
 void store_reclaim(struct mp_store *store);   /* punch and remove what may be */
 int store_reclaiming(const struct mp_store *store);
@@ -341,7 +370,8 @@ int store_apply_group(struct mp_store *store, struct store_group *group);
 void store_apply_advance(struct mp_store *store);
 
 /* storegrave.c */
-void store_bury(struct mp_store *store, const struct mp_page_ref *root, uint32_t level, uint32_t kind);
+void store_bury(struct mp_store *store, const struct mp_page_ref *root, uint32_t level,
+		uint32_t kind);
 void store_graves_advance(struct mp_store *store);
 
 /* storecheckpoint.c, storesuper.c */
@@ -352,6 +382,10 @@ int store_checkpoint_load(struct mp_store *store, char *message, uint64_t messag
 void store_super_seal(struct mp_store_super *super);
 int store_super_load(struct mp_store *store, char *message, uint64_t message_bytes);
 int64_t store_super_write(struct mp_store *store); /* both copies, blocking: recovery only */
+
+/* storesweep.c */
+void store_sweep_start(struct mp_store *store);
+void store_sweep_advance(struct mp_store *store);
 
 /* storeread.c */
 void store_read_start(struct mp_store *store, struct store_request *request);

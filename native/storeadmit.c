@@ -1,8 +1,8 @@
 /* storeadmit.c - may this go into the log? Batches, volume states, deletions.
  *
- * Happy path: a batch verifies byte for byte, comes from the writer of the newest epoch, in a lineage
- * that is on record, and continues what is in the log already. The answer is found against the
- * admitted state, which runs ahead of the durable one by what is in the log behind it.
+ * Happy path: a batch verifies byte for byte, comes from the writer of the newest epoch, in a
+ * lineage that is on record, and continues what is in the log already. The answer is found against
+ * the admitted state, which runs ahead of the durable one by what is in the log behind it.
  * Failure modes are the statuses of format.h. Nothing here is undone later: a request is admitted
  * only when its place in the log is certain, and a log that fails fails the store.
  */
@@ -103,7 +103,8 @@ static uint32_t batch_admission(struct mp_store *store, const struct store_batch
 
 static uint32_t volume_admission(struct mp_store *store, struct store_request *request)
 {
-	const struct mp_volume_state *wanted = (const void *)(request->buffer + MP_GROUP_HEADER_BYTES);
+	const struct mp_volume_state *wanted =
+		(const void *)(request->buffer + MP_GROUP_HEADER_BYTES);
 	struct store_volume *volume;
 
 	if (request->frame.payload_bytes != sizeof *wanted ||

@@ -1,9 +1,10 @@
 /* storeapply.c - what durable groups do to maps, extent tables and the catalogue.
  *
- * Happy path: in log order; a batch first makes every page dirty that it will change (prepare, which
- * may have to wait for pages and starts again), then changes them all in one turn. Then the position
- * moves on. Recovery applies the same groups with the same code. Extents are numbered in log order
- * within their segment, applied or not, so that an address means the same after a replay.
+ * Happy path: in log order; a batch first makes every page dirty that it will change (prepare,
+ * which may have to wait for pages and starts again), then changes them all in one turn. Then the
+ * position moves on. Recovery applies the same groups with the same code. Extents are numbered in
+ * log order within their segment, applied or not, so that an address means the same after a
+ * replay.
  * Failure modes: a page that cannot be had fails the store: the log goes on from the checkpoint.
  */
 #include "store_internal.h"
@@ -30,7 +31,8 @@ static uint32_t origin_number(struct mp_store *store, const uint8_t *origin)
 		if (!memcmp(store->origins[i - 1], origin, MP_VOLUME_ID_BYTES))
 			return (uint32_t)(i - 1);
 	assert(store->origin_count < 1 << MP_ORIGIN_BITS);
-	store->origins = store_grow(store->origins, &store->origin_capacity, store->origin_count + 1,
+	store->origins = store_grow(store->origins, &store->origin_capacity,
+				    store->origin_count + 1,
 				    sizeof *store->origins);
 	memcpy(store->origins[store->origin_count], origin, MP_VOLUME_ID_BYTES);
 	return (uint32_t)store->origin_count++;
@@ -71,8 +73,10 @@ static int place_extent(struct mp_store *store, struct store_volume *volume,
 	return missing ? -EAGAIN : 0;
 }
 
-static int apply_extent(struct mp_store *store, struct store_volume *volume, struct store_group *group,
-			const struct mp_extent *extent, uint32_t index, uint64_t offset_bytes, int prepare)
+static int apply_extent(struct mp_store *store, struct store_volume *volume,
+			struct store_group *group,
+			const struct mp_extent *extent, uint32_t index, uint64_t offset_bytes,
+				int prepare)
 {
 	uint64_t address = address_of(group->segment, index);
 	struct mp_extent_entry *entry;
@@ -97,7 +101,8 @@ static int apply_extent(struct mp_store *store, struct store_volume *volume, str
 	return error ? error : missing;
 }
 
-/* One pass over the parts of the batch at offset; *next is what follows it. *data: extents numbered. */
+/* One pass over the parts of the batch at offset; *next is what follows it. *data: extents
+ * numbered. */
 static int pass(struct mp_store *store, struct store_volume *volume, struct store_group *group,
 		uint64_t *next, uint32_t *data, int prepare)
 {
@@ -128,15 +133,18 @@ static int pass(struct mp_store *store, struct store_volume *volume, struct stor
 	return missing ? -EAGAIN : 0;
 }
 
-static int apply_batch(struct mp_store *store, struct store_group *group, const struct mp_record *record)
+static int apply_batch(struct mp_store *store, struct store_group *group,
+		       const struct mp_record *record)
 {
 	struct store_volume *volume = store_volume_find(store, record->volume);
 	uint64_t next = group->apply_offset;
 	uint32_t data;
 	int error;
 
-	/* Replay meets batches again that the checkpoint has: they keep their numbers, nothing else. */
-	if (volume && (!volume->visible || (record->last_sequence <= volume->state.applied_sequence &&
+	/* Replay meets batches again that the checkpoint has: they keep their numbers, nothing
+	 * else. */
+	if (volume && (!volume->visible ||
+		       (record->last_sequence <= volume->state.applied_sequence &&
 					    record->lineage == volume->state.lineage)))
 		volume = NULL;
 	error = pass(store, volume, group, &next, &data, 1);
@@ -238,7 +246,8 @@ int store_apply_group(struct mp_store *store, struct store_group *group)
 	group->segment->applied = 1;
 	store->applied = (struct store_position){group->segment->id,
 						 group->offset_bytes + group->length_bytes,
-						 group->commit + 1, group->checksum, header->incarnation};
+						 group->commit + 1, group->checksum,
+							header->incarnation};
 	return 1;
 }
 
@@ -252,7 +261,8 @@ static void answer(struct mp_store *store, struct store_group *group)
 {
 	struct store_request *request;
 
-	while ((request = store_queue_pop(&group->requests)))
+	while ((request = store_queue_pop(&group->requests)) ||
+	       (request = store_queue_pop(&group->riders)))
 		store_reply(store, request, MP_STATUS_OK);
 	store_group_free(store, group);
 	store->groups_unapplied--;

@@ -1,17 +1,21 @@
 /* storecheckpoint.c - make the derived state durable: pages, then their root, then the superblock.
  *
- * Happy path: freeze takes the state as it is between two groups, in one turn: every dirty page gets
- * its place on disk, bottom-up, so that references carry checksums; pages changed later are copies.
- * Then the pages are written, some hundred at a time between other I/O, then the root structure, one
- * sync, and the superblock twice. Only then is what died before the freeze given back.
- * Order: the superblock before the pages are synced would point at pages that a power cut takes back;
- * a punch before the superblock is synced would destroy what the old checkpoint still refers to.
- * Failure modes: any write or sync fails the store; the previous checkpoint and the log stay whole.
- * No space: nothing is frozen, the spare meta segment is kept for this; later tries may succeed.
+ * Happy path: freeze takes the state as it is between two groups, in one turn: every dirty page
+ * gets its place on disk, bottom-up, so that references carry checksums; pages changed later are
+ * copies. Then the pages are written, some hundred at a time between other I/O, then the root
+ * structure, one sync, and the superblock twice. Only then is what died before the freeze given
+ * back.
+ * Order: the superblock before the pages are synced would point at pages that a power cut takes
+ * back; a punch before the superblock is synced would destroy what the old checkpoint still refers
+ * to.
+ * Failure modes: any write or sync fails the store; the previous checkpoint and the log stay
+ * whole. No space: nothing is frozen, the spare meta segment is kept for this; later tries may
+ * succeed.
  */
 #include "store_internal.h"
 
-enum step { WRITE_PAGES, WRITE_ROOT, SYNC_META, WRITE_SUPER, SYNC_SUPER, WRITE_SUPER_2, SYNC_SUPER_2 };
+enum step { WRITE_PAGES, WRITE_ROOT, SYNC_META, WRITE_SUPER, SYNC_SUPER, WRITE_SUPER_2,
+	   SYNC_SUPER_2 };
 
 struct store_checkpoint {
 	struct store_page **pages;         /* in order of place */
@@ -59,7 +63,8 @@ static uint64_t root_payload_bytes(const struct mp_store *store, uint64_t segmen
 static uint64_t needed_bytes(const struct mp_store *store)
 {
 	uint64_t full = store->dirty_pages / MP_PAGES_PER_GROUP;
-	/* Dropping a dead segment adds at most a grave; switching the meta segment adds an entry. */
+	/* Dropping a dead segment adds at most a grave; switching the meta segment adds an entry.
+	 */
 	uint64_t root = root_payload_bytes(store, store->segment_count + 1) +
 			store->segment_count * sizeof(struct mp_checkpoint_grave);
 
@@ -100,7 +105,8 @@ static void freeze_pages(struct mp_store *store, struct store_checkpoint *checkp
 				at = checkpoint->segment->length_bytes + pages_head_bytes(in_group);
 				checkpoint->segment->length_bytes += pages_group_bytes(in_group);
 			}
-			store_page_freeze(store, page, checkpoint->segment->id << MP_PLACE_PAGE_BITS |
+			store_page_freeze(store, page,
+					  checkpoint->segment->id << MP_PLACE_PAGE_BITS |
 							       at / MP_PAGE_BYTES);
 			checkpoint->pages[checkpoint->page_count++] = page;
 			checkpoint->segment->live_bytes += MP_PAGE_BYTES;
@@ -156,7 +162,8 @@ static void write_group(struct mp_store *store, uint64_t length_bytes, uint32_t 
 	store_group_seal(header, MP_GROUP_META);
 	checkpoint->offset_bytes += length_bytes;
 	store->counters.appended_bytes += length_bytes;
-	store_submit(store, &checkpoint->io, MP_OP_WRITE, checkpoint->segment->id, header->offset_bytes,
+	store_submit(store, &checkpoint->io, MP_OP_WRITE, checkpoint->segment->id,
+		     header->offset_bytes,
 		     checkpoint->buffer, length_bytes);
 }
 
@@ -190,7 +197,8 @@ static void write_pages(struct mp_store *store)
 	for (uint64_t i = 0; i < count; i++) {
 		memcpy(descriptor + i * sizeof pages[i]->about, &pages[i]->about,
 		       sizeof pages[i]->about);
-		memcpy(checkpoint->buffer + head + i * MP_PAGE_BYTES, pages[i]->data, MP_PAGE_BYTES);
+		memcpy(checkpoint->buffer + head + i * MP_PAGE_BYTES, pages[i]->data,
+		       MP_PAGE_BYTES);
 	}
 	seal(record, MP_RECORD_PAGES, 0,
 	     pages_group_bytes(count) - MP_GROUP_HEADER_BYTES - MP_RECORD_HEADER_BYTES);
@@ -222,7 +230,8 @@ static void write_root(struct mp_store *store)
 	store->super.checkpoint_offset_bytes = checkpoint->offset_bytes;
 	store->super.checkpoint_length_bytes = length_bytes;
 	write_group(store, length_bytes, part);
-	store->super.checkpoint_checksum = ((struct mp_group *)(void *)checkpoint->buffer)->checksum;
+	store->super.checkpoint_checksum =
+		((struct mp_group *)(void *)checkpoint->buffer)->checksum;
 }
 
 static void write_super(struct mp_store *store, int first)
@@ -234,7 +243,8 @@ static void write_super(struct mp_store *store, int first)
 	checkpoint->buffer = store_allocate_aligned(sizeof store->super);
 	memcpy(checkpoint->buffer, &store->super, sizeof store->super);
 	store->super_copy = 1 - store->super_copy;
-	store_submit(store, &checkpoint->io, MP_OP_WRITE, 0, store->super_copy * sizeof store->super,
+	store_submit(store, &checkpoint->io, MP_OP_WRITE, 0,
+		     store->super_copy * sizeof store->super,
 		     checkpoint->buffer, sizeof store->super);
 }
 
@@ -256,7 +266,8 @@ static void start_step(struct mp_store *store)
 		break;
 	default:
 		store_submit(store, &checkpoint->io, MP_OP_SYNC,
-			     checkpoint->step == SYNC_META ? checkpoint->segment->id : 0, 0, NULL, 0);
+			     checkpoint->step == SYNC_META ? checkpoint->segment->id : 0, 0, NULL,
+				0);
 	}
 }
 
@@ -267,6 +278,9 @@ static void finish(struct mp_store *store)
 
 	store->counters.checkpoints++;
 	store_ranges_release(store, &store->dying);
+	store_sweep_start(store);
+	if (store->grave_blocked == 2)
+		store->grave_blocked = 0;
 	while ((request = store_queue_pop(&checkpoint->requests)))
 		store_reply(store, request, MP_STATUS_OK);
 	if (store->final_checkpoint == 1)
@@ -284,7 +298,8 @@ static enum step next_step(struct mp_store *store)
 	if (checkpoint->step == WRITE_PAGES && checkpoint->pages_written < checkpoint->page_count)
 		return WRITE_PAGES;
 	/* The deliberate fault: a superblock that may outlive what it points to. */
-	if (checkpoint->step == WRITE_ROOT && store_fault(store, MP_STORE_FAULT_CHECKPOINT_BEFORE_DATA))
+	if (checkpoint->step == WRITE_ROOT && store_fault(store,
+							  MP_STORE_FAULT_CHECKPOINT_BEFORE_DATA))
 		return WRITE_SUPER;
 	return checkpoint->step + 1;
 }
@@ -318,7 +333,8 @@ static int wanted(const struct mp_store *store)
 
 	return store->checkpoint_requests.head || store->dirty_pages >= store->dirty_limit ||
 	       store->final_checkpoint == 1 || full ||
-	       store->log_bytes - store->checkpoint_log_bytes >= store->options.checkpoint_every_bytes;
+	       store->log_bytes - store->checkpoint_log_bytes >=
+		       store->options.checkpoint_every_bytes;
 }
 
 void store_checkpoint_advance(struct mp_store *store)
@@ -333,7 +349,8 @@ void store_checkpoint_advance(struct mp_store *store)
 		return;
 	}
 	/* A checkpoint is a state between two groups. */
-	if (store->checkpoint || (store->durable && store->durable->apply_offset) || !wanted(store) ||
+	if (store->checkpoint || (store->durable && store->durable->apply_offset) ||
+	    !wanted(store) ||
 	    !make_room(store))
 		return;
 	freeze(store);

@@ -1,8 +1,8 @@
 /* storeconnection.c - byte streams in and out, frames in between.
  *
- * Happy path: the daemon feeds what a socket brought; whole frames, checked, go to the reactor's inbox;
- * replies queue up as chunks until the daemon takes them. A connection is fed by one thread at a
- * time; take, ready, hangup and the reactor's replies may run beside it.
+ * Happy path: the daemon feeds what a socket brought; whole frames, checked, go to the reactor's
+ * inbox; replies queue up as chunks until the daemon takes them. A connection is fed by one thread
+ * at a time; take, ready, hangup and the reactor's replies may run beside it.
  * Failure modes: bytes that are no frame, or a frame that has no business here: an ERROR frame is
  * queued and the connection takes no more. After a hang-up, replies to its requests are dropped.
  */
@@ -55,7 +55,8 @@ static void release(struct store_connection *connection)
 }
 
 /* Under mutex. */
-static void push_chunk(struct mp_store *store, struct store_connection *connection, struct store_chunk *chunk)
+static void push_chunk(struct mp_store *store, struct store_connection *connection,
+		       struct store_chunk *chunk)
 {
 	if (connection->out_last)
 		connection->out_last->next = chunk;
@@ -126,7 +127,8 @@ struct store_chunk *store_reply_start(const struct store_request *request, uint6
 }
 
 /* Seal, send and forget the request. */
-void store_reply_finish(struct mp_store *store, struct store_request *request, struct store_chunk *chunk)
+void store_reply_finish(struct mp_store *store, struct store_request *request,
+			struct store_chunk *chunk)
 {
 	struct store_connection *connection = request->connection;
 
@@ -219,7 +221,8 @@ static int finish_frame(struct mp_store *store, struct store_connection *connect
 }
 
 /* Frames from bytes. The count of whole ones, or what is wrong with them. */
-static int assemble(struct mp_store *store, struct store_connection *connection, const uint8_t *bytes,
+static int assemble(struct mp_store *store, struct store_connection *connection,
+		    const uint8_t *bytes,
 		    uint64_t length_bytes)
 {
 	int frames = 0, error;
@@ -275,7 +278,8 @@ static void queue_error(struct mp_store *store, struct store_connection *connect
 	store->driver->notify(store->driver->self);
 }
 
-int mp_store_feed(struct mp_store *store, uint64_t connection_id, const void *bytes, uint64_t length_bytes)
+int mp_store_feed(struct mp_store *store, uint64_t connection_id, const void *bytes,
+		  uint64_t length_bytes)
 {
 	struct store_connection *connection;
 	int frames = -EPROTO, broken, stopping;
@@ -300,7 +304,8 @@ int mp_store_feed(struct mp_store *store, uint64_t connection_id, const void *by
 	return frames < 0 ? frames : 0;
 }
 
-int64_t mp_store_take(struct mp_store *store, uint64_t connection_id, void *out, uint64_t capacity_bytes)
+int64_t mp_store_take(struct mp_store *store, uint64_t connection_id, void *out,
+		      uint64_t capacity_bytes)
 {
 	struct store_connection *connection;
 	uint64_t taken = 0;
@@ -334,7 +339,8 @@ int64_t mp_store_ready(struct mp_store *store, uint64_t *connections, uint64_t c
 	uint64_t count = 0;
 
 	pthread_mutex_lock(&store->mutex);
-	for (struct store_connection *at = store->ready; at && count < capacity; at = at->ready_next)
+	for (struct store_connection *at = store->ready; at &&
+	     count < capacity; at = at->ready_next)
 		connections[count++] = at->id;
 	pthread_mutex_unlock(&store->mutex);
 	return (int64_t)count;

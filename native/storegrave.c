@@ -9,7 +9,8 @@
  */
 #include "store_internal.h"
 
-void store_bury(struct mp_store *store, const struct mp_page_ref *root, uint32_t level, uint32_t kind)
+void store_bury(struct mp_store *store, const struct mp_page_ref *root, uint32_t level,
+		uint32_t kind)
 {
 	struct store_grave *grave;
 	struct store_page *page;
@@ -127,6 +128,7 @@ void store_graves_advance(struct mp_store *store)
 		} else if (error) {
 			store->counters.io_errors++;
 			to_the_end(store);
+			store->grave_blocked = 2; /* until the next checkpoint: no spinning */
 			return;
 		}
 	}

@@ -1,12 +1,13 @@
 /* storelog.c - the log: requests become groups, groups are appended and synced, then applied.
  *
  * Happy path: what waits is put into one group (one write); while that is on its way the next one
- * fills. One sync covers all groups written before it. Durable groups are applied in order and only
- * then answered. Groups chain: each carries its predecessor's checksum, the incarnation of this open
- * and how far the log was synced, so that recovery can tell the end of the log from damage in it.
- * A group of a new segment is written only when everything in the old one is durable.
- * Failure modes: a failed write or sync fails the store: nothing is acknowledged after it. No space
- * for the next segment: MP_STATUS_FULL, not admitted, nothing changed.
+ * fills. One sync covers all groups written before it. Durable groups are applied in order and
+ * only then answered. Groups chain: each carries its predecessor's checksum, the incarnation of
+ * this open and how far the log was synced, so that recovery can tell the end of the log from
+ * damage in it. A group of a new segment is written only when everything in the old one is
+ * durable.
+ * Failure modes: a failed write or sync fails the store: nothing is acknowledged after it. No
+ * space for the next segment: MP_STATUS_FULL, not admitted, nothing changed.
  */
 #include "store_internal.h"
 
@@ -27,8 +28,8 @@ static uint64_t group_bytes(uint64_t records_bytes)
 	return store_align(MP_GROUP_HEADER_BYTES + records_bytes, MP_BLOCK_BYTES);
 }
 
-/* The end of a segment that data leaves alone unless the next segment is there: deletions, trims and
- * volume states still fit when the disk is full. */
+/* The end of a segment that data leaves alone unless the next segment is there: deletions, trims
+ * and volume states still fit when the disk is full. */
 static uint64_t reserve_bytes(const struct mp_store *store)
 {
 	uint64_t reserve = store->options.segment_bytes / 8 / MP_BLOCK_BYTES * MP_BLOCK_BYTES;
@@ -91,12 +92,14 @@ void store_group_free(struct mp_store *store, struct store_group *group)
 
 	if (!group->in_request)
 		free(group->buffer);
-	while ((request = store_queue_pop(&group->requests)))
+	while ((request = store_queue_pop(&group->requests)) ||
+	       (request = store_queue_pop(&group->riders)))
 		store_request_free(store, request);
 	free(group);
 }
 
-static uint32_t append_records(struct store_group *group, uint64_t *at, struct store_request *request)
+static uint32_t append_records(struct store_group *group, uint64_t *at,
+			       struct store_request *request)
 {
 	struct mp_record header = {.header_length_bytes = MP_RECORD_HEADER_BYTES};
 	uint8_t *payload = request->buffer + MP_GROUP_HEADER_BYTES, *out = group->buffer + *at;
@@ -110,7 +113,8 @@ static uint32_t append_records(struct store_group *group, uint64_t *at, struct s
 		       record_bytes(request) - request->frame.payload_bytes);
 		for (uint64_t offset = 0; offset < request->frame.payload_bytes; count++) {
 			struct mp_record *record = (void *)(out + offset);
-			offset += store_align(record->header_length_bytes + record->payload_length_bytes,
+			offset += store_align(record->header_length_bytes +
+						      record->payload_length_bytes,
 					      RECORD_ALIGN);
 		}
 		return count;
@@ -141,7 +145,8 @@ static void fill(struct mp_store *store, struct store_group *group, uint64_t rec
 	group->length_bytes = group_bytes(records_bytes);
 	group->in_request = only && !only->next && only->frame.type == MP_FRAME_BATCH &&
 			    !store_fault(store, MP_STORE_FAULT_ACK_BEFORE_SYNC);
-	group->buffer = group->in_request ? only->buffer : store_allocate_aligned(group->length_bytes);
+	group->buffer = group->in_request ? only->buffer
+					  : store_allocate_aligned(group->length_bytes);
 	memset(group->buffer, 0, MP_GROUP_HEADER_BYTES);
 	if (!group->in_request)
 		memset(group->buffer + MP_GROUP_HEADER_BYTES, 0,
@@ -171,7 +176,8 @@ static void submit_group(struct mp_store *store, struct store_group *group)
 	header->synced_commit = store->synced_commit;
 	group->checksum = store_group_seal(header, MP_GROUP_DATA);
 	segment->length_bytes += group->length_bytes;
-	store->position = (struct store_position){segment->id, segment->length_bytes, group->commit + 1,
+	store->position = (struct store_position){segment->id, segment->length_bytes,
+						  group->commit + 1,
 						  group->checksum, header->incarnation};
 	store->evidence_commit = store->synced_commit;
 	store->log_bytes += group->length_bytes;
@@ -186,7 +192,8 @@ static void submit_group(struct mp_store *store, struct store_group *group)
 	store->groups_unapplied++;
 	group->io.owner = group;
 	group->io.done = written;
-	store_submit(store, &group->io, MP_OP_WRITE, segment->id, group->offset_bytes, group->buffer,
+	store_submit(store, &group->io, MP_OP_WRITE, segment->id, group->offset_bytes,
+		     group->buffer,
 		     group->length_bytes);
 }
 
@@ -203,11 +210,13 @@ static void take(struct mp_store *store, struct store_group *group, uint64_t *by
 /* Answered when everything admitted before it is durable and applied. */
 static void ride_along(struct mp_store *store, struct store_request *request)
 {
-	struct store_group *last = store->groups_last ? store->groups_last : store->durable_last;
+	struct store_group *last = store->building;
 
+	if (!last)
+		last = store->groups_last ? store->groups_last : store->durable_last;
 	store->counters.repeated_batches++;
 	if (last)
-		store_queue_push(&last->requests, request);
+		store_queue_push(&last->riders, request);
 	else
 		store_reply(store, request, MP_STATUS_OK);
 }
@@ -248,12 +257,13 @@ static int build(struct mp_store *store)
 		store_reply(store, store_queue_pop(&store->queue), MP_STATUS_FULL);
 	if (room != 1)
 		return room == -ENOSPC;
-	group = store_allocate(sizeof *group);
+	group = store->building = store_allocate(sizeof *group);
 	do {
 		take(store, group, &bytes);
 		head = sort_out(store);
 	} while (head && bytes + record_bytes(head) <= STORE_GROUP_TARGET_BYTES &&
 		 fits(store, group_bytes(bytes + record_bytes(head)), head->batch.data_extents));
+	store->building = NULL;
 	fill(store, group, bytes);
 	submit_group(store, group);
 	return 1;
@@ -348,7 +358,8 @@ static int may_build(const struct mp_store *store)
 	return !store->groups_writing || store->queue.bytes >= STORE_GROUP_TARGET_BYTES / 4;
 }
 
-/* On record that the last groups were synced, for a recovery that finds them damaged. Not synced itself. */
+/* On record that the last groups were synced, for a recovery that finds them damaged. Not synced
+ * itself. */
 static void write_evidence(struct mp_store *store)
 {
 	struct store_group *group;
@@ -373,16 +384,22 @@ static void fail_queue(struct mp_store *store, struct store_queue *queue)
 		store_reply(store, request, MP_STATUS_IO);
 }
 
+static void fail_group(struct mp_store *store, struct store_group *group)
+{
+	fail_queue(store, &group->requests);
+	fail_queue(store, &group->riders);
+}
+
 void store_log_advance(struct mp_store *store)
 {
 	if (store->failure) {
 		fail_queue(store, &store->queue);
 		/* Buffers of requests may be in flight: answer from those that are not. */
 		for (struct store_group *group = store->groups; group; group = group->next)
-			if (group->state == STORE_GROUP_WRITTEN && !store->syncing)
-				fail_queue(store, &group->requests);
+			if (group->state == STORE_GROUP_WRITTEN)
+				fail_group(store, group);
 		for (struct store_group *group = store->durable; group; group = group->next)
-			fail_queue(store, &group->requests);
+			fail_group(store, group);
 		return;
 	}
 	while (store->queue.head && may_build(store) && build(store))

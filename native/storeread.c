@@ -1,10 +1,11 @@
 /* storeread.c - READ frames: map, extent table, device, verify, reply with stored bytes.
  *
- * Happy path: all addresses of the range are looked up in one turn, so that no batch is seen in part;
- * their segments are pinned against punching and removal. Then the extent entries, then the device,
- * near ranges in one I/O, then every stored byte is verified before it leaves.
+ * Happy path: all addresses of the range are looked up in one turn, so that no batch is seen in
+ * part; their segments are pinned against punching and removal. Then the extent entries, then the
+ * device, near ranges in one I/O, then every stored byte is verified before it leaves.
  * Failure modes: a page or extent that does not verify answers MP_STATUS_CORRUPT, a device error
- * MP_STATUS_IO; never data. Reads do not wait for batches; at most STORE_READS_IN_FLIGHT at a time.
+ * MP_STATUS_IO; never data. Reads do not wait for batches; at most STORE_READS_IN_FLIGHT at a
+ * time.
  */
 #include "store_internal.h"
 
@@ -49,7 +50,8 @@ static uint32_t admit(struct mp_store *store, struct store_read *read)
 	read->reply.block_count = wanted->block_count;
 	if (store->failure)
 		return MP_STATUS_IO;
-	if (wanted->block_count == 0 || wanted->block_count > MP_READ_BLOCKS_MAX || wanted->reserved)
+	if (wanted->block_count == 0 || wanted->block_count > MP_READ_BLOCKS_MAX ||
+	    wanted->reserved)
 		return MP_STATUS_INVALID;
 	if (!volume || !volume->visible)
 		return MP_STATUS_UNKNOWN_VOLUME;
@@ -67,13 +69,15 @@ static uint32_t admit(struct mp_store *store, struct store_read *read)
 }
 
 /* One more block at the end of the pieces: part of the last one, or a new one. */
-static void add_block(struct mp_store *store, struct store_read *read, uint64_t block, uint64_t address)
+static void add_block(struct mp_store *store, struct store_read *read, uint64_t block,
+		      uint64_t address)
 {
 	struct piece *last = read->piece_count ? &read->pieces[read->piece_count - 1] : NULL;
 	uint64_t within = MP_EXTENT_BLOCKS - 1;
 
 	if (last && ((!address && !last->address) ||
-		     (address && last->address && address / MP_EXTENT_BLOCKS == last->address / MP_EXTENT_BLOCKS &&
+		     (address && last->address &&
+		      address / MP_EXTENT_BLOCKS == last->address / MP_EXTENT_BLOCKS &&
 		      address == last->address + last->wire.block_count))) {
 		last->wire.block_count++;
 		return;
@@ -107,7 +111,8 @@ static int look_up(struct mp_store *store, struct store_read *read)
 	if (error)
 		return error;
 	for (uint64_t block = first; block <= last; block++) {
-		const uint8_t *leaf = leaves[block >> MP_MAP_LEAF_BITS != first >> MP_MAP_LEAF_BITS];
+		int second = block >> MP_MAP_LEAF_BITS != first >> MP_MAP_LEAF_BITS;
+		const uint8_t *leaf = leaves[second];
 
 		add_block(store, read, block,
 			  leaf ? ((const uint64_t *)(const void *)leaf)[block & mask] : 0);
@@ -170,7 +175,8 @@ static void plan(struct store_read *read)
 	for (uint32_t i = 0; i < read->piece_count; i++) {
 		struct piece *piece = &read->pieces[i];
 		uint64_t from = piece->offset_bytes / MP_BLOCK_BYTES * MP_BLOCK_BYTES;
-		uint64_t to = store_align(piece->offset_bytes + piece->wire.shipped_bytes, MP_BLOCK_BYTES);
+		uint64_t to = store_align(piece->offset_bytes + piece->wire.shipped_bytes,
+					  MP_BLOCK_BYTES);
 
 		if (!piece->wire.shipped_bytes)
 			continue;
@@ -248,14 +254,14 @@ static void verify(struct mp_store *store, struct store_read *read)
 		return;
 	for (uint32_t i = 0; i < read->piece_count; i++) {
 		struct piece *piece = &read->pieces[i];
+		int raw;
 
 		if (!piece->wire.shipped_bytes)
 			continue;
-		if (mp_extent_verify(&piece->wire.extent,
-				     piece->wire.extent.codec == MP_CODEC_NONE ? piece->skip_blocks : 0,
-				     piece->wire.extent.codec == MP_CODEC_NONE
-					     ? piece->wire.block_count
-					     : (uint32_t)piece->wire.extent.block_count,
+		raw = piece->wire.extent.codec == MP_CODEC_NONE;
+		if (mp_extent_verify(&piece->wire.extent, raw ? piece->skip_blocks : 0,
+				     raw ? piece->wire.block_count
+					 : (uint32_t)piece->wire.extent.block_count,
 				     bytes_of(read, piece), piece->wire.shipped_bytes)) {
 			read->status = MP_STATUS_CORRUPT;
 			store->counters.checksum_errors++;
@@ -334,7 +340,8 @@ static void begin(struct mp_store *store, struct store_request *request)
 	if (request->frame.payload_bytes == sizeof read->wanted)
 		memcpy(&read->wanted, request->buffer + MP_GROUP_HEADER_BYTES, sizeof read->wanted);
 	if (read->wanted.block_count <= MP_READ_BLOCKS_MAX)
-		read->pieces = store_allocate((read->wanted.block_count + 1) * sizeof *read->pieces);
+		read->pieces =
+			store_allocate((read->wanted.block_count + 1) * sizeof *read->pieces);
 	read->wait.ready = advance;
 	advance(store, &read->wait);
 }

@@ -1,11 +1,12 @@
 /* storerecover.c - open a store: checkpoint, roll-forward, the end of the log.
  *
  * Happy path: the newest checkpoint is loaded, then every group behind its position that chains on
- * (predecessor's checksum, next commit, an incarnation that does not go back) and verifies as a whole
- * is applied. The first that does not is the end of the log. Files that belong to nothing (spares, an
- * unfinished checkpoint) are removed, and a new incarnation is synced before the first append.
- * Failure modes: a later group says that the broken one had been synced: this is damage, not the end;
- * the store is not opened and not changed. A device that cannot be read: likewise.
+ * (predecessor's checksum, next commit, an incarnation that does not go back) and verifies as a
+ * whole is applied. The first that does not is the end of the log. Files that belong to nothing
+ * (spares, an unfinished checkpoint) are removed, and a new incarnation is synced before the first
+ * append.
+ * Failure modes: a later group says that the broken one had been synced: this is damage, not the
+ * end; the store is not opened and not changed. A device that cannot be read: likewise.
  */
 #include <stdio.h>
 
@@ -27,7 +28,8 @@ int store_group_check(const struct mp_group *header, uint64_t segment, uint64_t 
 	if (header->magic != MP_GROUP_MAGIC || header->version != MP_FORMAT_VERSION ||
 	    header->segment != segment || header->offset_bytes != offset_bytes)
 		return -EBADMSG;
-	if (header->checksum != mp_xxh3((const uint8_t *)header + offsetof(struct mp_group, version),
+	if (header->checksum != mp_xxh3((const uint8_t *)header + offsetof(struct mp_group,
+									   version),
 					sizeof *header - offsetof(struct mp_group, version)))
 		return -EBADMSG;
 	if (!header->length_bytes || header->length_bytes % MP_BLOCK_BYTES)
@@ -35,7 +37,8 @@ int store_group_check(const struct mp_group *header, uint64_t segment, uint64_t 
 	return 0;
 }
 
-static int unreadable(struct recovery *recovery, uint64_t segment, uint64_t offset_bytes, int64_t error)
+static int unreadable(struct recovery *recovery, uint64_t segment, uint64_t offset_bytes,
+		      int64_t error)
 {
 	snprintf(recovery->message, recovery->message_bytes,
 		 "cannot read segment %llu at offset %llu: error %lld; the store was not changed",
@@ -87,7 +90,8 @@ static uint64_t file_bytes(struct mp_store *store, uint64_t file)
 	return length < 0 ? 0 : (uint64_t)length / MP_BLOCK_BYTES * MP_BLOCK_BYTES;
 }
 
-static int read_header(struct recovery *recovery, uint64_t file, uint64_t offset_bytes, struct mp_group *out)
+static int read_header(struct recovery *recovery, uint64_t file, uint64_t offset_bytes,
+		       struct mp_group *out)
 {
 	uint8_t *block;
 	int64_t result;
@@ -131,7 +135,8 @@ static int find_heads(struct recovery *recovery)
 
 static int chains(const struct mp_store *store, const struct mp_group *group)
 {
-	return group->magic && group->kind == MP_GROUP_DATA && group->commit == store->applied.commit &&
+	return group->magic && group->kind == MP_GROUP_DATA &&
+		group->commit == store->applied.commit &&
 	       group->previous_checksum == store->applied.checksum &&
 	       group->incarnation >= store->applied.incarnation &&
 	       group->length_bytes <= STORE_GROUP_MAX_BYTES;
@@ -141,13 +146,15 @@ static int chains(const struct mp_store *store, const struct mp_group *group)
 static int find_next(struct recovery *recovery, struct mp_group *next)
 {
 	struct mp_store *store = recovery->store;
-	int error = read_header(recovery, store->applied.segment, store->applied.offset_bytes, next);
+	int error = read_header(recovery, store->applied.segment, store->applied.offset_bytes,
+				next);
 
 	if (error)
 		return error;
 	if (!chains(store, next))
 		memset(next, 0, sizeof *next);
-	/* An earlier open may have ended the log here and gone on elsewhere: the newer one counts. */
+	/* An earlier open may have ended the log here and gone on elsewhere: the newer one counts.
+	 */
 	for (uint64_t i = 0; i < recovery->head_count; i++)
 		if (chains(store, &recovery->heads[i].group) &&
 		    recovery->heads[i].group.incarnation >= next->incarnation)
@@ -156,7 +163,8 @@ static int find_next(struct recovery *recovery, struct mp_group *next)
 }
 
 /* Do all records verify? Returns how many do from the start; *end: behind them. */
-static uint32_t verify_records(const uint8_t *buffer, uint64_t length_bytes, uint32_t count, uint64_t *end)
+static uint32_t verify_records(const uint8_t *buffer, uint64_t length_bytes, uint32_t count,
+			       uint64_t *end)
 {
 	uint32_t verified = 0;
 
@@ -173,7 +181,8 @@ static uint32_t verify_records(const uint8_t *buffer, uint64_t length_bytes, uin
 	return verified;
 }
 
-static int apply(struct recovery *recovery, const struct mp_group *header, struct store_group *group)
+static int apply(struct recovery *recovery, const struct mp_group *header,
+		 struct store_group *group)
 {
 	struct mp_store *store = recovery->store;
 	struct store_segment *segment = store_segment_find(store, header->segment);
@@ -199,7 +208,8 @@ static int apply(struct recovery *recovery, const struct mp_group *header, struc
 	snprintf(recovery->message, recovery->message_bytes,
 		 "a map page needed for segment %llu at offset %llu cannot be read: error %d; "
 		 "the store is damaged, restore it from a replica",
-		 (unsigned long long)segment->id, (unsigned long long)header->offset_bytes, -result);
+		 (unsigned long long)segment->id, (unsigned long long)header->offset_bytes,
+			-result);
 	return result;
 }
 
@@ -214,7 +224,8 @@ static int roll(struct recovery *recovery)
 	int error = find_next(recovery, &next);
 
 	recovery->trouble_segment = next.magic ? next.segment : store->applied.segment;
-	recovery->trouble_offset_bytes = next.magic ? next.offset_bytes : store->applied.offset_bytes;
+	recovery->trouble_offset_bytes =
+		next.magic ? next.offset_bytes : store->applied.offset_bytes;
 	if (error || !next.magic ||
 	    next.offset_bytes + next.length_bytes > file_bytes(store, next.segment))
 		return error;
@@ -226,12 +237,14 @@ static int roll(struct recovery *recovery)
 		free(group.buffer);
 		return unreadable(recovery, next.segment, next.offset_bytes, result);
 	}
-	group.record_count = verify_records(group.buffer, next.length_bytes, next.record_count, &end);
+	group.record_count = verify_records(group.buffer, next.length_bytes, next.record_count,
+					    &end);
 	error = 0;
 	if (group.record_count == next.record_count) {
 		error = apply(recovery, &next, &group);
 	} else if (group.record_count && store_fault(store, MP_STORE_FAULT_HALF_BATCH)) {
-		group.length_bytes = end; /* the deliberate fault: what verifies of a torn group counts */
+		/* The deliberate fault: what verifies of a torn group counts. */
+		memset(group.buffer + end, 0, next.length_bytes - end);
 		error = apply(recovery, &next, &group);
 		error = error == 1 ? 0 : error;
 	}
@@ -242,8 +255,9 @@ static int roll(struct recovery *recovery)
 static int damaged(struct recovery *recovery, uint64_t file, const struct mp_group *witness)
 {
 	snprintf(recovery->message, recovery->message_bytes,
-		 "segment %llu is damaged at offset %llu: commit %llu does not verify, but segment %llu at "
-		 "offset %llu proves that it was synced; nothing was changed, restore the store from a replica",
+		 "segment %llu is damaged at offset %llu: commit %llu does not verify, "
+		 "but segment %llu at offset %llu proves that it was synced; "
+		 "nothing was changed, restore the store from a replica",
 		 (unsigned long long)recovery->trouble_segment,
 		 (unsigned long long)recovery->trouble_offset_bytes,
 		 (unsigned long long)recovery->store->applied.commit, (unsigned long long)file,
@@ -286,7 +300,8 @@ static int check_end(struct recovery *recovery)
 	int error = 0;
 
 	if (store->applied.segment)
-		error = look_for_witness(recovery, store->applied.segment, store->applied.offset_bytes);
+		error = look_for_witness(recovery, store->applied.segment,
+					 store->applied.offset_bytes);
 	for (uint64_t i = 0; i < recovery->file_count && !error; i++) {
 		uint64_t file = recovery->files[i];
 
@@ -332,7 +347,8 @@ static int new_incarnation(struct recovery *recovery)
 	result = store_super_write(store);
 	if (result >= 0)
 		return 0;
-	snprintf(recovery->message, recovery->message_bytes, "cannot write the superblocks: error %lld",
+	snprintf(recovery->message, recovery->message_bytes,
+		 "cannot write the superblocks: error %lld",
 		 (long long)-result);
 	return (int)result;
 }
@@ -364,7 +380,8 @@ static int run(struct recovery *recovery)
 
 int store_recover(struct mp_store *store, char *message, uint64_t message_bytes)
 {
-	struct recovery recovery = {.store = store, .message = message, .message_bytes = message_bytes};
+	struct recovery recovery = {.store = store, .message = message,
+				    .message_bytes = message_bytes};
 	struct store_segment *last;
 	int error;
 

@@ -1,7 +1,7 @@
 /* storeroot.c - the root structure of a checkpoint: encode it, find it again.
  *
- * Happy path: header, volumes, segments, origins and graves in one payload; recovery reads the group
- * that the superblock names, verifies it, and builds the tables.
+ * Happy path: header, volumes, segments, origins and graves in one payload; recovery reads the
+ * group that the superblock names, verifies it, and builds the tables.
  * Failure modes: anything that does not verify or does not add up refuses to open: the superblock
  * is written after the checkpoint was synced, so this is damage and not a crash.
  */
@@ -18,7 +18,9 @@ static uint8_t *put(uint8_t *at, const void *bytes, uint64_t length_bytes)
 static uint8_t *put_volumes(struct mp_store *store, uint8_t *at)
 {
 	for (uint32_t i = 0; i < STORE_VOLUME_BUCKETS; i++) {
-		for (struct store_volume *volume = store->volumes[i]; volume; volume = volume->next) {
+		struct store_volume *volume = store->volumes[i];
+
+		for (; volume; volume = volume->next) {
 			struct mp_checkpoint_volume entry = {
 				.state = volume->state,
 				.root = volume->map.root,
@@ -54,8 +56,8 @@ static uint8_t *put_segments(struct mp_store *store, uint8_t *at, uint64_t *coun
 			.kind = segment->kind,
 			.height = (uint16_t)segment->extents.height,
 		};
-		/* Segments that only hold groups behind the position are found by roll-forward. An entry of
-		 * zeroes keeps the length what it was reckoned to be. */
+		/* Segments that only hold groups behind the position are found by roll-forward. An
+		 * entry of zeroes keeps the length what it was reckoned to be. */
 		if (is_durable(store, segment)) {
 			at = put(at, &entry, sizeof entry);
 			++*count;
@@ -140,9 +142,11 @@ static uint8_t *read_payload(struct mp_store *store, uint64_t *length_bytes)
 static int adds_up(const struct mp_checkpoint *header, uint64_t length_bytes)
 {
 	uint64_t left = length_bytes;
-	const uint64_t counts[] = {header->volume_count, header->segment_count, header->origin_count,
+	const uint64_t counts[] = {header->volume_count, header->segment_count,
+				   header->origin_count,
 				   header->grave_count};
-	const uint64_t sizes[] = {sizeof(struct mp_checkpoint_volume), sizeof(struct mp_checkpoint_segment),
+	const uint64_t sizes[] = {sizeof(struct mp_checkpoint_volume),
+				  sizeof(struct mp_checkpoint_segment),
 				  MP_VOLUME_ID_BYTES, sizeof(struct mp_checkpoint_grave)};
 
 	if (left < sizeof *header || header->version != MP_FORMAT_VERSION ||
@@ -222,7 +226,8 @@ int store_checkpoint_load(struct mp_store *store, char *message, uint64_t messag
 	if (!adds_up(&header, length_bytes)) {
 		free(payload);
 		snprintf(message, message_bytes,
-			 "the checkpoint in segment %llu at %llu does not verify: the store is damaged, "
+			 "the checkpoint in segment %llu at %llu does not verify: "
+			 "the store is damaged, "
 			 "restore it from a replica",
 			 (unsigned long long)store->super.checkpoint_segment,
 			 (unsigned long long)store->super.checkpoint_offset_bytes);
@@ -230,7 +235,8 @@ int store_checkpoint_load(struct mp_store *store, char *message, uint64_t messag
 	}
 	at = load_volumes(store, payload + sizeof header, header.volume_count);
 	at = load_segments(store, at, header.segment_count);
-	store->origins = store_grow(store->origins, &store->origin_capacity, header.origin_count + 1,
+	store->origins = store_grow(store->origins, &store->origin_capacity,
+				    header.origin_count + 1,
 				    sizeof *store->origins);
 	memcpy(store->origins, at, header.origin_count * MP_VOLUME_ID_BYTES);
 	store->origin_count = header.origin_count;

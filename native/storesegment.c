@@ -93,7 +93,8 @@ static void open_step(struct store_io *io)
 	struct store_segment *segment = store->opening;
 
 	if (out_of_space(io->io.result)) {
-		store->full_until_ns = store->driver->now_ns(store->driver->self) + STORE_FULL_RETRY_NS;
+		store->full_until_ns =
+			store->driver->now_ns(store->driver->self) + STORE_FULL_RETRY_NS;
 		store->opening_bytes = 0; /* the segment waits, created or not, for the next try */
 		return;
 	}
@@ -116,7 +117,8 @@ static void open_step(struct store_io *io)
 		store->spare = segment;
 }
 
-static void open_start(struct mp_store *store, struct store_segment **spare, uint32_t kind, uint64_t bytes)
+static void open_start(struct mp_store *store, struct store_segment **spare, uint32_t kind,
+		       uint64_t bytes)
 {
 	if (*spare) { /* too small: make it longer */
 		assert(!store->opening);
@@ -143,7 +145,8 @@ int store_segment_want(struct mp_store *store, uint32_t kind, uint64_t bytes)
 		return 0;
 	if (store->driver->now_ns(store->driver->self) < store->full_until_ns)
 		return -ENOSPC;
-	/* A segment left over from a full disk is of either kind; a spare to lengthen has to wait for it. */
+	/* A segment left over from a full disk is of either kind; a spare to lengthen has to wait
+	 * for it. */
 	if (kind == MP_GROUP_DATA && !store->spare_meta) {
 		open_start(store, &store->spare_meta, MP_GROUP_META, store->options.segment_bytes);
 		return 0;
@@ -154,7 +157,8 @@ int store_segment_want(struct mp_store *store, uint32_t kind, uint64_t bytes)
 	return 0;
 }
 
-/* Nothing is appended to it any more, and all of it is on the device: give back what it did not use. */
+/* Nothing is appended to it any more, and all of it is on the device: give back what it did not
+ * use. */
 void store_segment_seal(struct mp_store *store, struct store_segment *segment)
 {
 	uint64_t end = segment->length_bytes;
@@ -168,7 +172,8 @@ void store_segment_seal(struct mp_store *store, struct store_segment *segment)
 		segment->id, (uint32_t)end, (uint32_t)(segment->capacity_bytes - end)};
 }
 
-/* At freeze: segments without life are in no checkpoint from here on; their files go once it is durable. */
+/* At freeze: segments without life are in no checkpoint from here on; their files go once it is
+ * durable. */
 void store_segment_drop_dead(struct mp_store *store)
 {
 	uint64_t kept = 0;
@@ -183,7 +188,8 @@ void store_segment_drop_dead(struct mp_store *store)
 			store->segments[kept++] = segment;
 			continue;
 		}
-		store_bury(store, &segment->extents.root, segment->extents.height, MP_GRAVE_EXTENTS);
+		store_bury(store, &segment->extents.root, segment->extents.height,
+			   MP_GRAVE_EXTENTS);
 		store->removable = store_grow(store->removable, &store->removable_capacity,
 					      store->removable_count + 1, sizeof(void *));
 		store->removable[store->removable_count++] = segment;
@@ -192,13 +198,15 @@ void store_segment_drop_dead(struct mp_store *store)
 	store->counters.segments = kept;
 }
 
-void store_dead_range(struct mp_store *store, uint64_t segment, uint64_t offset_bytes, uint64_t length_bytes)
+void store_dead_range(struct mp_store *store, uint64_t segment, uint64_t offset_bytes,
+		      uint64_t length_bytes)
 {
 	struct store_ranges *dead = &store->dead;
 
 	if (dead->count >= STORE_DEAD_RANGES_MAX)
 		return;
-	dead->items = store_grow(dead->items, &dead->capacity, dead->count + 1, sizeof *dead->items);
+	dead->items = store_grow(dead->items, &dead->capacity, dead->count + 1,
+				 sizeof *dead->items);
 	dead->items[dead->count++] =
 		(struct store_range){segment, (uint32_t)offset_bytes, (uint32_t)length_bytes};
 }
@@ -231,7 +239,8 @@ static void merge(struct store_ranges *ranges)
 	ranges->count = kept + 1;
 }
 
-/* These ranges may be punched: a durable checkpoint knows that they are dead. from is empty then. */
+/* These ranges may be punched: a durable checkpoint knows that they are dead. from is empty then.
+ */
 void store_ranges_release(struct mp_store *store, struct store_ranges *from)
 {
 	struct store_ranges *to = &store->punchable;
@@ -240,7 +249,8 @@ void store_ranges_release(struct mp_store *store, struct store_ranges *from)
 	if (to->count)
 		memmove(to->items, to->items + store->punch_next, to->count * sizeof *to->items);
 	store->punch_next = 0;
-	to->items = store_grow(to->items, &to->capacity, to->count + from->count + 1, sizeof *to->items);
+	to->items = store_grow(to->items, &to->capacity, to->count + from->count + 1,
+			       sizeof *to->items);
 	if (from->count)
 		memcpy(to->items + to->count, from->items, from->count * sizeof *to->items);
 	to->count += from->count;
@@ -274,7 +284,8 @@ static void punch(struct mp_store *store, const struct store_range *range)
 		return;
 	}
 	if (from > range->offset_bytes)
-		store_dead_range(store, range->segment, range->offset_bytes, from - range->offset_bytes);
+		store_dead_range(store, range->segment, range->offset_bytes,
+				 from - range->offset_bytes);
 	if (end > to)
 		store_dead_range(store, range->segment, to, end - to);
 	while (io->owner)

@@ -1,7 +1,7 @@
 /* storesuper.c - file 0: two superblocks, the newer valid one counts.
  *
- * Happy path: both copies are written and synced one after the other, the older one first, so that a
- * crash at any point leaves one that is whole, and damage to one copy later loses nothing.
+ * Happy path: both copies are written and synced one after the other, the older one first, so that
+ * a crash at any point leaves one that is whole, and damage to one copy later loses nothing.
  * Failure modes: no valid copy, a newer format: refused with one line.
  */
 #include <stdio.h>
@@ -60,7 +60,8 @@ int store_super_load(struct mp_store *store, char *message, uint64_t message_byt
 	int best = -1;
 
 	for (int i = 0; result >= 0 && i < 2; i++)
-		if (valid(&supers[i]) && (best < 0 || supers[i].generation > supers[best].generation))
+		if (valid(&supers[i]) && (best < 0 ||
+					  supers[i].generation > supers[best].generation))
 			best = i;
 	if (best >= 0) {
 		store->super = supers[best];
@@ -74,13 +75,16 @@ int store_super_load(struct mp_store *store, char *message, uint64_t message_byt
 	}
 	if (best < 0) {
 		snprintf(message, message_bytes,
-			 "file 0 holds no valid Millpond superblock: not a store, or both copies damaged");
+			 "file 0 holds no valid Millpond superblock: "
+			 "not a store, or both copies damaged");
 		return -EBADMSG;
 	}
 	if (store->super.version != MP_FORMAT_VERSION || store->super.incompatible_features) {
 		snprintf(message, message_bytes,
-			 "the store has format %u with features 0x%x, this program knows format %d with 0x0",
-			 store->super.version, store->super.incompatible_features, MP_FORMAT_VERSION);
+			 "the store has format %u with features 0x%x, "
+			 "this program knows format %d with 0x0",
+			 store->super.version, store->super.incompatible_features,
+				MP_FORMAT_VERSION);
 		return -ENOTSUP;
 	}
 	return 0;

@@ -63,6 +63,16 @@ def parse_address(text: str) -> Address:
     return Address(host=host, port=int(port))
 
 
+def check_exposure(address: Address, *, insecure_listen: bool) -> None:
+    """Refuse to listen where strangers could reach us, unless the operator insists."""
+    if not address.is_loopback and not insecure_listen:
+        raise StoreError(
+            Code.INVALID,
+            f"{address} is reachable from the network and nothing authenticates clients;"
+            " listen on 127.0.0.1, or insist with --insecure-listen",
+        )
+
+
 async def connect_transport(address: Address, protocol: asyncio.BaseProtocol) -> None:
     """Connect a protocol, with a time-out; Unreachable (or E_PERMISSION) names the address."""
     loop = asyncio.get_running_loop()

@@ -16,7 +16,7 @@ from importlib.metadata import version as package_version
 from typing import Any
 
 from millpond.store import limits, wire
-from millpond.store.address import Address, parse_address
+from millpond.store.address import Address, check_exposure, parse_address
 from millpond.store.catalogue import Catalogue
 from millpond.store.control import ControlOperations, ControlSession
 from millpond.store.data import DataSession
@@ -73,6 +73,9 @@ class StoreDaemon:
         """
         addresses = [parse_address(f"unix:{os.path.join(directory, SOCKET_NAME)}")]
         addresses += [parse_address(text) for text in listen]
+        addresses = list(dict.fromkeys(addresses))
+        for address in addresses:
+            check_exposure(address, insecure_listen=insecure_listen)
         store = OpenStore(
             directory, format_when_empty=format_when_empty, segment_bytes=segment_bytes
         )
@@ -143,7 +146,7 @@ class StoreDaemon:
     def _make_session(self, connection: Connection, hello: wire.Hello) -> Session:
         if hello.role == "control":
             return ControlSession(connection, self._operations)
-        return DataSession(connection, self.link, self.core, fetch=hello.role == "fetch")
+        return DataSession(connection, self.link, fetch=hello.role == "fetch")
 
     def _fail(self, error: BaseException) -> None:
         """Whatever died takes the daemon down, loudly; the first cause is the one to report."""

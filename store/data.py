@@ -9,7 +9,7 @@ answered, so a connection costs bounded memory whatever its peer does.
 
 import asyncio
 
-from millpond.native.store import ProtocolError, StoreCore
+from millpond.native.store import ProtocolError
 from millpond.store import limits
 from millpond.store.link import CoreLink
 from millpond.store.session import Peer, Session
@@ -18,10 +18,9 @@ from millpond.store.session import Peer, Session
 class DataSession(Session):
     """One fetch or destage connection after its handshake."""
 
-    def __init__(self, peer: Peer, link: CoreLink, core: StoreCore, *, fetch: bool) -> None:
+    def __init__(self, peer: Peer, link: CoreLink, *, fetch: bool) -> None:
         self._peer = peer
         self._link = link
-        self._core = core
         self._high = limits.FETCH_PENDING_HIGH_BYTES if fetch else limits.DESTAGE_PENDING_HIGH_BYTES
         self._low = limits.FETCH_PENDING_LOW_BYTES if fetch else limits.DESTAGE_PENDING_LOW_BYTES
         self.receive_bytes = limits.FETCH_RECEIVE_BYTES if fetch else limits.RECEIVE_BYTES
@@ -35,7 +34,7 @@ class DataSession(Session):
         if self._ended:
             return
         try:
-            self._core.feed(self._connection, data)
+            self._link.feed(self._connection, data)
         except ProtocolError as error:
             self._refuse(str(error))
             return
@@ -64,7 +63,7 @@ class DataSession(Session):
         taken_bytes = 0
         self._taking = True
         while self._writable and not self._ended and taken_bytes < limits.TAKE_TURN_BYTES:
-            data = self._core.take(self._connection, limits.TAKE_BYTES)
+            data = self._link.take(self._connection)
             if not data:
                 break
             taken_bytes += len(data)
@@ -78,7 +77,7 @@ class DataSession(Session):
 
     def _regulate(self) -> None:
         """Read from the peer only while the core and the peer keep up."""
-        pending_bytes = self._core.pending_bytes(self._connection)
+        pending_bytes = self._link.pending_bytes(self._connection)
         if pending_bytes > self._high:
             self._behind = True
         elif pending_bytes <= self._low:
@@ -87,7 +86,7 @@ class DataSession(Session):
 
     def _refuse(self, reason: str) -> None:
         last_words = b""
-        while data := self._core.take(self._connection, limits.TAKE_BYTES):
+        while data := self._link.take(self._connection):
             last_words += data
         self.lost()
         self._peer.refuse(last_words, reason)

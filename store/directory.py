@@ -57,7 +57,13 @@ class OpenStore:
         self.store_id = read_store_id(directory)
 
     def close(self) -> None:
-        """Finish what was accepted, checkpoint, and give the directory back."""
+        """Finish what was accepted, checkpoint, and give the directory back.
+
+        A core that has failed is left as it is, and the directory locked, until the process ends:
+        its reactor may wait for ever for a disk that answers nothing, and must not be waited for.
+        """
+        if self.core.failure() is not None:
+            return
         self.core.stop()
         self.core.close()
         self._give_back()

@@ -52,13 +52,15 @@ class CoreLink:
             peer="the store core",
         )
         self._failed = False
+        self._stopped = False
 
     def start(self) -> None:
         """Listen to the core's notifications."""
         self._loop.add_reader(self._notify_fd, self.notified)
 
     def stop(self) -> None:
-        """Stop listening; calls in flight fail."""
+        """Stop listening; calls in flight fail. The core is not called any more."""
+        self._stopped = True
         self._loop.remove_reader(self._notify_fd)
         self._fail_replies(StoreError(Code.IO, "the store is shutting down"))
 
@@ -72,11 +74,23 @@ class CoreLink:
     def detach(self, connection: int) -> None:
         """The connection is gone; what it asked for is still done."""
         del self._streams[connection]
-        self._core.hangup(connection)
+        self._living_core().hangup(connection)
+
+    def feed(self, connection: int, data: memoryview) -> None:
+        """Bytes that the peer sent; ProtocolError when they are no frames of its role."""
+        self._living_core().feed(connection, data)
+
+    def take(self, connection: int) -> bytes:
+        """Bytes to send to the peer; empty when there are none for now."""
+        return self._living_core().take(connection, limits.TAKE_BYTES)
+
+    def pending_bytes(self, connection: int) -> int:
+        """Of frames that are not answered yet."""
+        return self._living_core().pending_bytes(connection)
 
     async def request(self, frame_type: int, payload: bytes) -> wire.Frame:
         """One frame on the daemon's own connection, and its reply (whatever its status)."""
-        if self._failed:
+        if self._failed or self._stopped:
             raise StoreError(Code.IO, "the store has stopped after a failure; see its log")
         request_id = self._next_request_id
         self._next_request_id += 1
@@ -115,6 +129,10 @@ class CoreLink:
                     stream.answers_ready()
         except Exception as error:
             self._fail(error)
+
+    def _living_core(self) -> StoreCore:
+        assert not self._stopped, "a connection outlived the core"
+        return self._core
 
     def _take_replies(self) -> None:
         while data := self._core.take(OWN_CONNECTION, limits.TAKE_BYTES):

@@ -16,7 +16,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, cast
 
 from millpond.store import limits, wire
-from millpond.store.address import Address, keep_alive
+from millpond.store.address import Address, check_exposure, keep_alive
 from millpond.store.errors import Code, ProtocolError, StoreError, one_line
 from millpond.store.session import Session
 
@@ -65,13 +65,8 @@ class Server:
                 )
             )
             return address
+        check_exposure(address, insecure_listen=self._insecure_listen)
         if not address.is_loopback:
-            if not self._insecure_listen:
-                raise StoreError(
-                    Code.INVALID,
-                    f"{address} is reachable from the network and nothing authenticates clients;"
-                    " listen on 127.0.0.1, or insist with --insecure-listen",
-                )
             log.warning("listening insecurely address=%s: anyone who reaches it can", address)
         try:
             listener = await loop.create_server(
@@ -116,9 +111,12 @@ class Server:
             await asyncio.wait(self._tasks, timeout=limits.CLOSE_TIMEOUT_S)
         gone = [connection.end() for connection in list(self.connections)]
         if gone:
-            await asyncio.wait(gone, timeout=limits.CLOSE_TIMEOUT_S)
-        for connection in list(self.connections):
-            connection.abort()
+            _, slow = await asyncio.wait(gone, timeout=limits.CLOSE_TIMEOUT_S)
+            for connection in list(self.connections):
+                connection.abort()
+            # The core goes away after us: nobody may be left who could still call it.
+            if slow:
+                await asyncio.wait(slow)
         for listener in self._listeners:
             await listener.wait_closed()
 
@@ -162,7 +160,8 @@ class Connection(asyncio.BufferedProtocol):
     def get_buffer(self, sizehint: int) -> memoryview:
         if self._session is not None:
             return self._receive[: self._session.receive_bytes]
-        return self._receive
+        # What comes behind a HELLO is the session's, before it can say how much it wants.
+        return self._receive[: limits.FETCH_RECEIVE_BYTES]
 
     def buffer_updated(self, nbytes: int) -> None:
         try:

@@ -133,12 +133,12 @@ async def _clean_up(
     """After a failed import; the failure itself is what the caller reports."""
     try:
         async with asyncio.timeout(limits.CLOSE_TIMEOUT_S):
-            if created:
-                await client.call("volume.delete", id=volume["id"], force=True)
-            elif opened:
+            if opened:
                 await client.call("volume.close", **identity, epoch=volume["epoch"])
+            if created:  # not by force: it may have become somebody else's meanwhile
+                await client.call("volume.delete", id=volume["id"])
     except (StoreError, TimeoutError):
-        pass  # the store is away: `volume show` will tell who had it open
+        pass  # the store is away, or another writer took the volume: `volume show` tells
 
 
 async def _ship(
@@ -253,15 +253,20 @@ async def _fetch(
             next_block += count
             continue
         future, first_block, count = in_flight.popleft()
-        reply = ReadReply(
-            await future, volume_id=volume_id, first_block=first_block, block_count=count
-        )
+        try:
+            frame = await future
+        except StoreError as error:
+            raise (_changed(volume) if error.code == Code.EPOCH else error) from None
+        reply = ReadReply(frame, volume_id=volume_id, first_block=first_block, block_count=count)
         position = position or reply.position
         if reply.position != position:
-            raise StoreError(
-                Code.BUSY,
-                f"volume '{volume['name']}' changed while it was exported; close it first",
-            )
+            raise _changed(volume)
         for block, memory, length_bytes in reply.blocks():
             writer.write(block * BLOCK_BYTES, ffi.cast("uint8_t *", memory), length_bytes)
         progress((first_block + count) * BLOCK_BYTES, total_bytes)
+
+
+def _changed(volume: dict[str, Any]) -> StoreError:
+    return StoreError(
+        Code.BUSY, f"volume '{volume['name']}' changed while it was exported; close it first"
+    )

@@ -148,9 +148,9 @@ class Harness:
         """close_socket."""
         lib.mp_driver_test_close(self._test, socket)
 
-    def close_on_ready(self, cookie: int, socket: int) -> None:
-        """Inside the next on_ready of cookie, close that socket."""
-        lib.mp_driver_test_close_on_ready(self._test, cookie, socket)
+    def close_on_ready(self, cookie: int, socket: int, replacement: int = -1) -> None:
+        """Inside the next on_ready of cookie, close that socket; let another take its number."""
+        lib.mp_driver_test_close_on_ready(self._test, cookie, socket, replacement)
 
     def receive(self, socket: int, capacity: int = 65536) -> bytes | int:
         """Bytes, or -errno."""

@@ -29,13 +29,19 @@ class Millpond:
     """One process, started, stopped and killed as often as a test likes."""
 
     def __init__(
-        self, directory: Path, *, size_bytes: int, cache_bytes: int, arguments: Sequence[str] = ()
+        self,
+        directory: Path,
+        *,
+        size_bytes: int,
+        cache_bytes: int,
+        arguments: Sequence[str] = (),
+        command: Sequence[str] = (),
     ) -> None:
         self.directory = directory
         self.size_bytes = size_bytes
         self.uri = ""
         self._command = [
-            *_command(),
+            *(command or command_line()),
             *("up", str(directory)),
             *("--size", str(size_bytes), "--cache-size", str(cache_bytes)),
             *arguments,
@@ -64,6 +70,13 @@ class Millpond:
 
     def start(self) -> None:
         """Start and wait until it prints its URI."""
+        self.spawn()
+        if not self._ready.wait(START_TIMEOUT_S) or not self.uri:
+            self.kill()
+            raise AssertionError(f"{shlex.join(self._command)} printed no URI:\n{self.log()}")
+
+    def spawn(self) -> None:
+        """Start and wait for nothing."""
         assert self._process is None
         self.uri = ""
         self._ready.clear()
@@ -74,14 +87,11 @@ class Millpond:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env=_environment(),
+                env=environment(),
                 start_new_session=True,
             )
         self._reader = threading.Thread(target=self._read, args=[self._process], daemon=True)
         self._reader.start()
-        if not self._ready.wait(START_TIMEOUT_S) or not self.uri:
-            self.kill()
-            raise AssertionError(f"{shlex.join(self._command)} printed no URI:\n{self.log()}")
 
     @property
     def process_id(self) -> int:
@@ -142,13 +152,14 @@ class Millpond:
         self._ready.set()
 
 
-def _command() -> list[str]:
+def command_line() -> list[str]:
+    """How a test calls `millpond`."""
     if command := os.environ.get("MILLPOND_COMMAND"):
         return shlex.split(command)
     return [sys.executable, "-m", "millpond.cli.main"]
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """The child imports millpond from where this process did, installed or in the tree."""
     roots = [str(Path(path).parent) for path in millpond.__path__ if Path(path).is_dir()]
     return os.environ | {

@@ -40,15 +40,11 @@ def fill(seed: int, blocks: int = 1, *, compressible: bool = False) -> bytes:
 
     source = random.Random(seed)
     if compressible:
-        return b"".join(
-            (source.randbytes(64) + bytes(64)) * (BLOCK // 128) for _ in range(blocks)
-        )
+        return b"".join((source.randbytes(64) + bytes(64)) * (BLOCK // 128) for _ in range(blocks))
     return source.randbytes(blocks * BLOCK)
 
 
-def extents_of(
-    write: Write, volume: bytes, sequence: int
-) -> list[tuple[record.Extent, bytes]]:
+def extents_of(write: Write, volume: bytes, sequence: int) -> list[tuple[record.Extent, bytes]]:
     """One write as extents of up to four blocks."""
     if not write.data:
         extent = record.Extent(
@@ -207,11 +203,15 @@ class World:
         assert self.core
         return self.core
 
+    def state(self, volume: bytes = VOLUME) -> VolumeState:
+        """The durable state of a volume that must be there."""
+        state = self.store.volume(volume)
+        assert state
+        return state
+
     # ---- frames ----
 
-    def send(
-        self, frame_type: int, payload: bytes = b"", *, connection: int = DAEMON
-    ) -> int:
+    def send(self, frame_type: int, payload: bytes = b"", *, connection: int = DAEMON) -> int:
         """Feed one frame; the id of the request."""
         self._request += 1
         checked = 0 if frame_type == lib.MP_FRAME_BATCH else len(payload)

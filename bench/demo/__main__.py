@@ -5,6 +5,7 @@ with its duration, then the two figures: hit rate of the second boot, bytes at t
 against bytes in the guest. Ends with a non-zero code and one reason when a step fails.
 """
 
+import json
 import shutil
 import sys
 import time
@@ -32,7 +33,7 @@ def step(what: str) -> Iterator[list[str]]:
     print(f" {time.perf_counter() - begin:.1f} s" + "".join(f", {note}" for note in notes))
 
 
-def stored_bytes(directory: Path) -> int:
+def disk_bytes(directory: Path) -> int:
     """What the file system gave to the files below directory."""
     return sum(path.stat().st_blocks * 512 for path in directory.rglob("*") if path.is_file())
 
@@ -113,7 +114,8 @@ class Demo:
             hits, reads = hit_rate(before, self.server.status())
             with step("wait until everything is destaged"):
                 self.server.wait_destaged()
-            at_store = stored_bytes(self.server.directory / "store")
+            on_disk = disk_bytes(self.server.directory / "store")
+            stored = number(json.loads(self.server.run("volume", "list", "--json")), "stored_bytes")
             with step("stop millpond up with SIGTERM"):
                 self.server.stop()
         used_bytes = report.value("used", "kib") * 1024
@@ -121,8 +123,9 @@ class Demo:
             raise SystemExit("demo: status counts no reads of the second boot")
         print(f"\nhit rate of the second boot: {hits / reads:.1%} ({hits} of {reads})")
         print(
-            f"bytes at the store: {at_store / MIB:.0f} MiB for {used_bytes / MIB:.0f} MiB "
-            f"in the guest ({at_store / used_bytes:.2f})"
+            f"bytes at the store: {stored / MIB:.0f} MiB for {used_bytes / MIB:.0f} MiB in the "
+            f"guest ({stored / used_bytes:.2f}); {on_disk / MIB:.0f} MiB of its disk, with what is "
+            "overwritten and not cleaned yet, and the space allocated ahead"
         )
 
 

@@ -20,7 +20,7 @@ class Core:
 
     def __init__(self, directory: Path) -> None:
         self._driver = lib.mp_driver_linux_directory(os.open(directory, os.O_RDONLY))
-        check(lib.mp_store_format(self._driver, b"benchmark store!", 0))
+        check(lib.mp_store_format(self._driver, b"benchmark store!", 64 << 20))
         error, message = ffi.new("int *"), ffi.new("char[200]")
         options = ffi.new("struct mp_store_options *")
         self._store = lib.mp_store_open(self._driver, options, error, message, len(message))

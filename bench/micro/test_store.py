@@ -47,7 +47,7 @@ def test_map_lookup_and_read(benchmark: BenchmarkFixture, core: Core, dice: rand
     benchmark(core.exchange, frames)
 
 
-@pytest.mark.benchmark(group="store: 64 MiB of lookups that hit holes")
+@pytest.mark.benchmark(group="store: 64 reads of holes")
 def test_map_lookup_only(benchmark: BenchmarkFixture, core: Core) -> None:
     """Holes need the map and no disk: 64 requests in one call."""
     frames = [core.read(1 << 20 | number << 10, 1) for number in range(64)]

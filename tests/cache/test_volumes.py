@@ -1,4 +1,4 @@
-"""A volume's life at real caches and a real store: epochs, dirty on record, giving back, take-over."""
+"""A volume at real caches and a real store: epochs, dirty on record, giving back, take-over."""
 
 import asyncio
 from pathlib import Path
@@ -119,7 +119,7 @@ def test_a_lost_answer_to_clearing_dirty_puts_it_on_again(tmp_path: Path) -> Non
             cache = await world.cache("a")
             guest = await cache.guest()
             await guest.write(0, BLOCK)
-            lost = []
+            lost: list[bytes] = []
 
             def lose_one(frame: bytes) -> bytes:
                 told = frame_type(frame) == lib.MP_FRAME_CONTROL_REPLY
@@ -326,7 +326,7 @@ def test_a_damaged_reply_is_fetched_again_on_a_new_connection(tmp_path: Path) ->
             await guest.write(0, NOISE)
             guest.close()
             await until(lambda: first.volume.state is State.CLOSED, "given back")
-            damaged = []
+            damaged: list[bytes] = []
 
             def damage(frame: bytes) -> bytes:
                 if frame_type(frame) == lib.MP_FRAME_READ_REPLY and not damaged:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -27,11 +28,8 @@ def millpond(*arguments: str, **environment: str) -> "subprocess.CompletedProces
     )
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[str]:
-    """A daemon in its own process, started by the command; its directory."""
-    directory = tmp_path / "store"
-    directory.mkdir()
+def start_store(directory: Path) -> "subprocess.Popen[str]":
+    """A daemon in its own process, serving."""
     process = subprocess.Popen(
         [*COMMAND, "store", "serve", str(directory), "--format", "--listen", "127.0.0.1:0"],
         stdout=subprocess.PIPE,
@@ -41,6 +39,15 @@ def store(tmp_path: Path) -> Iterator[str]:
     assert process.stdout is not None and process.stderr is not None
     line = process.stdout.readline()
     assert line.startswith(f"serving {directory} at unix:"), process.stderr.read()
+    return process
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[str]:
+    """The directory of a running daemon."""
+    directory = tmp_path / "store"
+    directory.mkdir()
+    process = start_store(directory)
     yield str(directory)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=30)
@@ -103,6 +110,38 @@ def test_import_and_export_round_trip(store: str, tmp_path: Path) -> None:
 
 def test_second_daemon_is_refused_with_one_line(store: str) -> None:
     fails(millpond("store", "serve", store), 5, "served by another process")
+
+
+def test_volume_that_was_created_survives_the_kill_of_the_daemon(tmp_path: Path) -> None:
+    process = start_store(tmp_path)
+    assert millpond("volume", "create", "vm1", "1GiB", "--dir", str(tmp_path)).returncode == 0
+    process.kill()
+    process.communicate()
+    fails(millpond("volume", "list", "--dir", str(tmp_path)), 6, "cannot reach the store")
+    process = start_store(tmp_path)
+    listed = millpond("volume", "list", "--json", "--dir", str(tmp_path))
+    assert [v["name"] for v in json.loads(listed.stdout)] == ["vm1"]
+    process.terminate()
+    process.communicate()
+
+
+def test_disk_that_fails_stops_the_daemon_with_a_line(tmp_path: Path) -> None:
+    process = start_store(tmp_path)
+    at = ("--dir", str(tmp_path))
+    assert millpond("volume", "create", "vm1", "1GiB", *at).returncode == 0
+    # Every write behind the first block of a file fails from now on.
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (4096, 4096))
+    result = millpond("volume", "create", "vm2", "1GiB", *at)
+    assert result.returncode in (1, 6), "refused, or lost the daemon: but never acknowledged"
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert errors.splitlines()[-1].startswith("millpond: error: ")
+    assert "Traceback" not in errors
+    process = start_store(tmp_path)
+    listed = millpond("volume", "list", "--json", *at)
+    assert "vm1" in [v["name"] for v in json.loads(listed.stdout)]
+    process.terminate()
+    process.communicate()
 
 
 def test_no_store_and_wrong_usage(tmp_path: Path) -> None:

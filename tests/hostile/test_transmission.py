@@ -338,6 +338,7 @@ def test_many_deaf_clients_leave_memory_for_others(millpond: Millpond, connect: 
 
 def test_thousand_writes_and_reads_of_one_block_are_each_whole(client: NbdClient) -> None:
     pages = [bytes([number]) * 4096 for number in range(250)]
+    client.write(4096, bytes(4096))  # the first read may still see what was there before
     for page in pages:
         client.submit_write(4096, page)
         client.submit_read(4096, 4096)

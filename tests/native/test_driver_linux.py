@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from driver_support import BLOCK, Harness, block
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from driver_support import BLOCK, Event, Harness, block
 from millpond.native import ffi, lib
 from millpond.native.drivers import DriverError, Op, destroy, open_device, open_directory
 
@@ -279,27 +279,33 @@ def test_a_full_socket_would_block(device: Harness) -> None:
     device.close_socket(fd)
 
 
-def test_a_socket_closed_within_the_batch_is_not_called(device: Harness) -> None:
-    """Whichever comes first closes the other, whose event is already in the batch."""
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_socket_closed_within_the_batch_is_not_called(device: Harness, replaced: bool) -> None:
+    """Its event is already in the batch; the one that gets its number must not hear it either."""
     pairs = [socket.socketpair() for _ in range(2)]
     fds = [ours.detach() for ours, _ in pairs]
     for cookie, fd in enumerate(fds):
         assert device.watch(fd, READ, cookie) == 0
     for _, theirs in pairs:
-        theirs.send(b"x")
-    device.close_on_ready(0, fds[1])
-    assert device.wait() == 1
-    assert [e.cookie for e in device.take()] == [0]
-    assert device.wait() == 1
-    device.close_socket(fds[0])
-    for _, theirs in pairs:
         theirs.close()
+    quiet, other = socket.socketpair()
+    device.close_on_ready(0, fds[1], quiet.fileno() if replaced else -1)
+    assert device.wait() == 1
+    assert [(e.cookie, e.ready) for e in device.take()] == [(0, READ | HANGUP)]
+    device.close_socket(fds[0])
+    other.send(b"x")
+    assert device.wait(1000) == replaced
+    assert [e.cookie for e in device.take()] == [1000] * replaced
+    if replaced:
+        device.close_socket(fds[1])
+    quiet.close()
+    other.close()
 
 
 def test_a_polled_file_needs_no_sockets(device: Harness) -> None:
     device.queue(1, Op.READ, length=BLOCK)
     device.submit()
-    events = []
+    events: list[Event] = []
     while not events:
         assert device.wait(0) >= 0
         events = device.take()

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from driver_support import BLOCK, Event, Harness, block
 
+from driver_support import BLOCK, Event, Harness, block
 from millpond.native.drivers import Op, Sim, SimOptions
 
 READ, WRITE, HANGUP = 1, 2, 4

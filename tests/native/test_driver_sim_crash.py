@@ -10,10 +10,10 @@ import itertools
 from dataclasses import dataclass, field
 
 import pytest
-from driver_support import BLOCK, Harness, block
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from driver_support import BLOCK, Harness, block
 from millpond.native.drivers import Op, Sim, SimOptions
 
 PAGES = 8
@@ -236,6 +236,49 @@ def test_crash_after_every_io_keeps_what_was_synced() -> None:
                 first = token % PAGES * PER_PAGE
                 if (promised + 1) % PAGES != token % PAGES:
                     assert set(state[first : first + PER_PAGE]) == {token}
+
+
+@pytest.mark.parametrize("reorder", [False, True])
+def test_exactly_the_possible_states_of_overlapping_writes_are_met(reorder: bool) -> None:
+    """Pages 0 and 1, then 1 and 2; in order, the second is never there without the first."""
+    expected = {(9, 9, 9, 9), (1, 1, 9, 9), (1, 2, 2, 9)} | ({(9, 2, 2, 9)} if reorder else set())
+    seen = set()
+    for seed in range(60):
+        options = SimOptions(
+            seed=seed, device_bytes=BLOCK * PAGES, lose_unsynced=True, reorder=reorder
+        )
+        with Sim(options) as sim:
+            disk = Harness(sim.driver())
+            disk.write(0, block(9) * 4)
+            disk.sync()
+            disk.write(0, block(1) * 2)
+            disk.write(BLOCK, block(2) * 2)
+            sim.crash()
+            disk.close()
+            seen.add(read_state(sim)[: 4 * PER_PAGE : PER_PAGE])
+    assert seen == expected
+
+
+def test_a_sync_does_not_cover_what_completed_after_it_was_submitted() -> None:
+    kept = set()
+    for seed in range(200):
+        options = SimOptions(
+            seed=seed, device_bytes=BLOCK * PAGES, lose_unsynced=True, reorder=True
+        )
+        with Sim(options) as sim:
+            disk = Harness(sim.driver())
+            disk.write(0, block(1))
+            disk.queue(7, Op.SYNC)
+            disk.queue(8, Op.WRITE, offset=BLOCK, data=block(2))
+            disk.submit()
+            order = [event.cookie for event in disk.collect(2)]
+            sim.crash()
+            disk.close()
+            state = read_state(sim)
+            assert state[0] == 1
+            if order == [8, 7]:
+                kept.add(state[PER_PAGE])
+    assert kept == {0, 2}
 
 
 def test_after_a_crash_of_the_daemon_the_power_may_still_fail() -> None:

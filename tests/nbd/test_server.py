@@ -25,6 +25,9 @@ from millpond.nbd.limits import NbdLimits
 from millpond.nbd.server import NbdServer
 from millpond.nbd.wire import Command, CommandFlag, Error, Option, OptionReply, TransmissionFlag
 
+# Every situation here is one that the server warns about.
+pytestmark = pytest.mark.expects_warnings
+
 T = TypeVar("T")
 VOLUME = Export("vol", 1 << 20, False, "a disk")
 READ_ONLY = Export("ro", 1 << 20, True, "")

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from store_daemon import ME, OTHER, Running, RunTest, running
 
 from millpond.store.catalogue import check_name
 from millpond.store.client import StoreClient
 from millpond.store.errors import Code, StoreError
+from store_daemon import ME, OTHER, Running, RunTest, running
 
 SIZE = 1 << 20
 
@@ -121,8 +121,8 @@ def test_two_opens_race_and_exactly_one_wins(run: RunTest, tmp_path: Path) -> No
             )
             won = [result for result in results if isinstance(result, dict)]
             assert len(won) == 1 and won[0]["epoch"] == 1
-            for result in results:
-                assert isinstance(result, dict) or result.code == Code.EPOCH  # type: ignore[union-attr]
+            lost = [result for result in results if isinstance(result, StoreError)]
+            assert [error.code for error in lost] == [Code.EPOCH] * 5
             shown = (await clients[0].call("volume.show", name="vm1"))["volume"]
             assert shown["open_holder"] == won[0]["open_holder"]
             for client in clients:

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 
 import pytest
-from store_support import BLOCK, LINEAGE, VOLUME, World, Write, fill
 
 from millpond.native import lib
+from store_support import BLOCK, LINEAGE, VOLUME, World, Write, fill
 
 OK = lib.MP_STATUS_OK
 

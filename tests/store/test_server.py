@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from store_daemon import ME, OTHER, SEGMENT_BYTES, RunTest, hello, running
 
 from millpond.native import lib
 from millpond.native.record import encode_batch
@@ -19,6 +18,7 @@ from millpond.store.client import StoreClient, connect_data
 from millpond.store.daemon import StoreDaemon
 from millpond.store.errors import Code, ProtocolError, StoreError, Unreachable
 from millpond.store.requests import DataRequests, ReadReply, encode_read
+from store_daemon import ME, OTHER, SEGMENT_BYTES, RunTest, hello, running
 
 BLOCK_BYTES: int = lib.MP_BLOCK_BYTES
 
@@ -95,6 +95,7 @@ def test_hello_and_first_frames_in_one_packet(run: RunTest, tmp_path: Path) -> N
     run(situation())
 
 
+@pytest.mark.expects_warnings
 @pytest.mark.parametrize(
     ("first_bytes", "words"),
     [
@@ -121,6 +122,7 @@ def test_broken_handshake_is_answered_and_ended(
     run(situation())
 
 
+@pytest.mark.expects_warnings
 def test_hello_of_another_version_names_both_sides(run: RunTest, tmp_path: Path) -> None:
     async def situation() -> None:
         async with running(tmp_path) as store:
@@ -136,6 +138,7 @@ def test_hello_of_another_version_names_both_sides(run: RunTest, tmp_path: Path)
     run(situation())
 
 
+@pytest.mark.expects_warnings
 def test_client_that_says_nothing_is_shown_the_door(run: RunTest, tmp_path: Path) -> None:
     async def situation() -> None:
         async with running(tmp_path, handshake_timeout_s=0.05) as store:
@@ -154,6 +157,7 @@ def test_client_that_says_nothing_is_shown_the_door(run: RunTest, tmp_path: Path
     run(situation())
 
 
+@pytest.mark.expects_warnings
 def test_more_connections_than_allowed(run: RunTest, tmp_path: Path) -> None:
     async def situation() -> None:
         async with running(tmp_path, connections_max=2) as store:
@@ -306,6 +310,7 @@ def test_control_client_that_never_reads_is_not_read_any_more(run: RunTest, tmp_
     run(situation())
 
 
+@pytest.mark.expects_warnings
 def test_data_connection_that_breaks_the_protocol_is_told_and_ended(
     run: RunTest, tmp_path: Path
 ) -> None:
@@ -422,6 +427,7 @@ def test_directory_without_a_store_is_not_formatted_unasked(run: RunTest, tmp_pa
     run(situation())
 
 
+@pytest.mark.expects_warnings
 def test_sockets_are_private_and_tcp_is_loopback_only(run: RunTest, tmp_path: Path) -> None:
     async def situation() -> None:
         async with running(tmp_path, listen=["127.0.0.1:0"]) as store:

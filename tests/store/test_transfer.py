@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from store_daemon import ME, OTHER, RunTest, running
 
 from millpond.native import ffi
 from millpond.store.errors import Code, StoreError
 from millpond.store.image import ImageReader, ImageWriter
 from millpond.store.transfer import export_image, import_image
+from store_daemon import ME, OTHER, RunTest, running
 
 MIB = 1 << 20
 
@@ -136,7 +136,9 @@ def test_import_into_a_volume_that_is_open_or_dirty_elsewhere(run: RunTest, tmp_
     run(situation())
 
 
-def test_import_that_loses_its_volume_leaves_no_half_volume(run: RunTest, tmp_path: Path) -> None:
+def test_import_that_loses_its_volume_to_another_writer_lets_it_go(
+    run: RunTest, tmp_path: Path
+) -> None:
     async def situation() -> None:
         source = tmp_path / "source.raw"
         source.write_bytes(random.Random(4).randbytes(48 * MIB))
@@ -163,6 +165,31 @@ def test_import_that_loses_its_volume_leaves_no_half_volume(run: RunTest, tmp_pa
             )
             with pytest.raises(StoreError, match="stale epoch"):
                 await importing
+            shown = (await client.call("volume.show", name="disk"))["volume"]
+            assert shown["open_holder"] == OTHER.hex(), "not ours to delete any more"
+            await client.close()
+
+    run(situation())
+
+
+def test_interrupted_import_leaves_no_half_volume(run: RunTest, tmp_path: Path) -> None:
+    async def situation() -> None:
+        source = tmp_path / "source.raw"
+        source.write_bytes(random.Random(4).randbytes(48 * MIB))
+        (tmp_path / "store").mkdir()
+        async with running(tmp_path / "store") as store:
+            begun = asyncio.Event()
+            importing = asyncio.create_task(
+                import_image(
+                    store.address, str(source), "disk", progress=lambda done, total: begun.set()
+                )
+            )
+            await begun.wait()
+            importing.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await importing
+            client = await store.client()
+            assert (await client.call("volume.list"))["volumes"] == []
             await client.close()
 
     run(situation())
