@@ -41,7 +41,7 @@ def incarnation(world: World) -> int:
     supers = ffi.new("struct mp_store_super[]", 2)
     ffi.memmove(supers, world.sim.peek(offset_bytes=0, length_bytes=2 * BLOCK), 2 * BLOCK)
     assert supers[0].generation == supers[1].generation
-    return supers[0].incarnation
+    return int(supers[0].incarnation)
 
 
 def test_damaged_block_is_corrupt_and_its_neighbours_are_not(world: World) -> None:
@@ -189,6 +189,16 @@ def test_failed_write_or_sync_of_the_log_ends_acknowledging(world: World, op: Op
     world.reopen()
     assert world.read(0, 1).data == fill(1)
     assert world.store.failure() is None
+
+
+def test_failure_that_nobody_waits_for_is_told_at_once(world: World) -> None:
+    world.send_write([Write(0, fill(1))], first=1)
+    world.store.hangup(1)  # no answer will wake the daemon
+    world.sim.set(SimOptions(latency_ns=1000, fail_io=1, fail_op=Op.SYNC))
+    world.sim.notified()
+    while world.store.failure() is None:
+        world.store.step(1000)
+    assert world.sim.notified()
 
 
 def test_failed_nth_io_for_every_n() -> None:
