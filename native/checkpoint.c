@@ -13,8 +13,10 @@
  * What a crash leaves: before the superblock: the old checkpoint, whole. After: the new one.
  * Failure modes: a failed write or sync fails the engine (nothing is acknowledged any more).
  */
-#define XXH_INLINE_ALL
 #include <xxhash.h>
+#if defined(__x86_64__) && __has_include(<xxh_x86dispatch.h>)
+#include <xxh_x86dispatch.h> /* see checksum.c */
+#endif
 
 #include "engine_internal.h"
 

@@ -9,7 +9,7 @@
 
 #include <stdio.h>
 
-enum { PUBLISH_NS = 5000000 };
+enum { PUBLISH_NS = 5000000, SEGMENTS_LOW = 4 };
 #define STOP_GRACE_NS 1000000000ULL
 
 void engine_submit(struct mp_engine *engine, struct mp_io *io)
@@ -532,7 +532,10 @@ static void background(struct mp_engine *engine)
 	release_step(engine);
 	if (engine->tombstone_count)
 		sweep_step(engine);
-	if (engine->segments_waiting && engine->segments_free < engine->segment_count / 4)
+	/* A checkpoint costs a walk over index and slots: let several segments wait for one, unless appends need them. */
+	if (engine->segments_waiting && engine->segments_free < engine->segment_count / 4 &&
+	    (engine->segments_waiting >= engine->segment_count / 8 ||
+	     engine->segments_free <= SEGMENTS_LOW))
 		engine->checkpoint.wanted = true;
 	engine->checkpoint.wanted |= checkpoint_due_ns(engine) <= engine->now_ns;
 	checkpoint_step(engine);

@@ -11,8 +11,10 @@
  * What a crash during recovery leaves: nothing was written before the superblock; that write goes to the older copy.
  * Failure modes: no valid superblock, an unknown version or feature, a checkpoint that does not verify: one line, no start.
  */
-#define XXH_INLINE_ALL
 #include <xxhash.h>
+#if defined(__x86_64__) && __has_include(<xxh_x86dispatch.h>)
+#include <xxh_x86dispatch.h> /* see checksum.c */
+#endif
 
 #include <stdio.h>
 

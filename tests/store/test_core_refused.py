@@ -190,9 +190,9 @@ def test_stream_split_at_every_position(world: World) -> None:
         data = world.store.take(7, 10) + world.store.take(7)
         statuses = []
         while data:
-            decoded = record.decode_frame(data)
-            assert decoded is not None
-            frame, length = decoded
+            found = record.decode_frame(data)
+            assert found
+            frame, length = found
             statuses.append((frame.request_id, frame.status))
             data = data[length:]
         assert sorted(statuses) == [(10, OK), (11, lib.MP_STATUS_INVALID)]
