@@ -11,7 +11,8 @@
  * the next checkpoint. Tombstones are captured first: what they hide may be saved, they hide it again.
  *
  * What a crash leaves: before the superblock: the old checkpoint, whole. After: the new one.
- * Failure modes: a failed write or sync fails the engine (nothing is acknowledged any more).
+ * Failure modes: a failed write: begun again, CHECKPOINT_FAILURES_MAX times, then the engine fails. A failed sync puts the
+ * log's unsynced records in doubt as well: rescue.c, then begun again.
  */
 #include <xxhash.h>
 #if defined(__x86_64__) && __has_include(<xxh_x86dispatch.h>)
@@ -163,6 +164,7 @@ static void completed(struct mp_engine *engine)
 {
 	struct checkpoint *checkpoint = &engine->checkpoint;
 
+	checkpoint->failures = 0;
 	engine->super = checkpoint->super;
 	engine->super_copy ^= 1;
 	engine->counters.checkpoints++;
@@ -186,8 +188,16 @@ static void io_done(struct mp_io *io)
 		checkpoint->filled_bytes);
 	checkpoint->flushing_bytes = 0;
 	if (io->result < 0) {
+		/* A failed sync leaves the log in doubt too; a failed write only this checkpoint, which nothing names
+		 * yet, but a device that fails writes is given up after a few. */
+		bool sync = io->op == MP_OP_SYNC;
 		end(engine);
-		engine_fail(engine, (int)-io->result, "a checkpoint could not be written");
+		checkpoint->wanted = true;
+		engine->counters.device_errors++;
+		if (sync)
+			log_failed(engine, (int)-io->result, "a sync of a checkpoint failed");
+		else if (++checkpoint->failures >= CHECKPOINT_FAILURES_MAX)
+			engine_fail(engine, (int)-io->result, "checkpoints cannot be written");
 		return;
 	}
 	if (checkpoint->stage == STAGE_SUPER_SYNC)
@@ -385,6 +395,15 @@ static void advance(struct mp_engine *engine)
 	}
 }
 
+void checkpoint_abandon(struct mp_engine *engine)
+{
+	assert(!engine->checkpoint.io.context);
+	if (!engine->checkpoint.running)
+		return;
+	end(engine);
+	engine->checkpoint.wanted = true;
+}
+
 void checkpoint_note_fill(struct mp_engine *engine, uint64_t bytes)
 {
 	uint64_t limit = engine->super.checkpoint_length_bytes * CHECKPOINT_FILLS_FACTOR;
@@ -409,7 +428,9 @@ void checkpoint_step(struct mp_engine *engine)
 {
 	struct checkpoint *checkpoint = &engine->checkpoint;
 
-	if (engine->failed || checkpoint->io.context)
+	bool held = engine->rescue.stage && engine->rescue.stage != RESCUE_CHECKPOINT;
+
+	if (engine->failed || checkpoint->io.context || held)
 		return;
 	if (!checkpoint->running && (!checkpoint->wanted || !begin(engine)))
 		return;

@@ -27,6 +27,15 @@ static void finish_synced(struct volume *volume)
 		volume->engine->sync.wanted = true;
 }
 
+/* All that is applied is durable now (rescue.c). */
+void log_synced(struct volume *volume)
+{
+	volume->synced_sequence = volume->applied_sequence;
+	volume->synced_position = log_applied_position(volume);
+	volume->synced_at_ns = volume->engine->now_ns;
+	finish_synced(volume);
+}
+
 static void sync_done(struct mp_io *io)
 {
 	struct mp_engine *engine = io->context;
@@ -34,14 +43,18 @@ static void sync_done(struct mp_io *io)
 
 	engine->ios_inflight--;
 	engine->sync.running = false;
-	if (io->result < 0)
-		engine_fail(engine, (int)-io->result, "a sync of the log failed");
+	if (io->result < 0) {
+		log_failed(engine, (int)-io->result, "a sync of the log failed");
+		engine->sync.wanted = true;
+		return;
+	}
 	for (i = 0; i < engine->volume_count; i++) {
 		struct volume *volume = engine->volumes[i];
 		if (!volume)
 			continue;
 		if (!engine->failed && volume->syncing_sequence > volume->synced_sequence) {
 			volume->synced_sequence = volume->syncing_sequence;
+			volume->synced_position = volume->syncing_position;
 			volume->synced_at_ns = engine->now_ns;
 		}
 		finish_synced(volume);
@@ -62,14 +75,17 @@ void log_sync_if_wanted(struct mp_engine *engine)
 {
 	uint32_t i;
 
-	if (!engine->sync.wanted || engine->sync.running || engine->failed)
+	if (!engine->sync.wanted || engine->sync.running || engine->failed || engine->rescue.stage)
 		return;
 	engine->sync.wanted = false;
 	engine->sync.running = true;
-	for (i = 0; i < engine->volume_count; i++)
-		if (engine->volumes[i])
-			engine->volumes[i]->syncing_sequence =
-				engine->volumes[i]->applied_sequence;
+	for (i = 0; i < engine->volume_count; i++) {
+		struct volume *volume = engine->volumes[i];
+		if (!volume)
+			continue;
+		volume->syncing_sequence = volume->applied_sequence;
+		volume->syncing_position = log_applied_position(volume);
+	}
 	engine->counters.syncs++;
 	memset(&engine->sync.io, 0, sizeof engine->sync.io);
 	engine->sync.io.op = MP_OP_SYNC;
@@ -98,7 +114,8 @@ void log_wait_for_sync(struct volume *volume, struct request *request)
 
 static bool wants_synced_record(const struct volume *volume)
 {
-	return !volume->engine->failed && volume->synced_sequence > volume->logged_synced_sequence &&
+	return !volume->engine->failed && !volume->engine->rescue.stage &&
+	       volume->synced_sequence > volume->logged_synced_sequence &&
 	       volume->appends_inflight == 0 && list_is_empty(&volume->ready);
 }
 
