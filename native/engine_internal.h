@@ -320,9 +320,12 @@ struct checkpoint {
 	uint64_t slot_changes, slot_bytes; /* filled since the last one began */
 	uint64_t began_ns;
 	uint32_t failures;            /* writes that failed in a row */
+	uint64_t sync_goal;           /* number of the sync it waits for; 0: none */
+	bool super_in_doubt;          /* super was written, but no sync after it was good */
 };
 struct syncer {
 	bool running, wanted;
+	uint64_t started, completed;  /* counts: completed is the number of the last good one */
 	struct mp_io io;
 };
 

@@ -48,6 +48,9 @@ static void sync_done(struct mp_io *io)
 		engine->sync.wanted = true;
 		return;
 	}
+	engine->sync.completed = engine->sync.started;
+	if (engine->rescue.stage) /* it was for the checkpoint: nobody is answered before that is whole */
+		return;
 	for (i = 0; i < engine->volume_count; i++) {
 		struct volume *volume = engine->volumes[i];
 		if (!volume)
@@ -73,15 +76,17 @@ void log_want_sync(struct mp_engine *engine)
 
 void log_sync_if_wanted(struct mp_engine *engine)
 {
+	bool held = engine->rescue.stage && engine->rescue.stage != RESCUE_CHECKPOINT;
 	uint32_t i;
 
-	if (!engine->sync.wanted || engine->sync.running || engine->failed || engine->rescue.stage)
+	if (!engine->sync.wanted || engine->sync.running || engine->failed || held)
 		return;
 	engine->sync.wanted = false;
 	engine->sync.running = true;
+	engine->sync.started++;
 	for (i = 0; i < engine->volume_count; i++) {
 		struct volume *volume = engine->volumes[i];
-		if (!volume)
+		if (!volume || engine->rescue.stage)
 			continue;
 		volume->syncing_sequence = volume->applied_sequence;
 		volume->syncing_position = log_applied_position(volume);
