@@ -364,6 +364,7 @@ void log_index_extent(struct volume *volume, const struct mp_extent *extent, uin
 		/* One range may replace many: the difference is signed. */
 		engine->tombstone_count += volume->tombstones.count;
 		engine->tombstone_count -= before;
+		volume->sweep_wanted = true;
 		if (rc) /* out of memory: a trim must not be forgotten */
 			volume_fail(volume, ENOMEM, "no memory to remember a trim");
 		return;

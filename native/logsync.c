@@ -119,8 +119,12 @@ void log_wait_for_sync(struct volume *volume, struct request *request)
 
 static bool wants_synced_record(const struct volume *volume)
 {
-	return !volume->engine->failed && !volume->engine->rescue.stage &&
+	const struct mp_engine *engine = volume->engine;
+
+	/* A failed volume's chain may be damaged at its head: nothing is written over that. */
+	return !engine->failed && !engine->rescue.stage && !volume->failed &&
 	       volume->synced_sequence > volume->logged_synced_sequence &&
+	       volume->synced_sequence > volume->destaged_sequence &&
 	       volume->appends_inflight == 0 && list_is_empty(&volume->ready);
 }
 
