@@ -200,6 +200,7 @@ static int load_checkpoint(struct recovery *recovery)
 	uint8_t *memory;
 	int64_t rc = 0;
 
+	engine->was_clean = super->clean != 0;
 	if (super->checkpoint_generation == 0)
 		return 0;
 	if (bytes < MP_BLOCK_BYTES || bytes % MP_BLOCK_BYTES ||
