@@ -1,10 +1,11 @@
-"""The files of a store and of a cache device, read as format.h says; nothing is guessed.
+"""The files of a store, read as format.h says; nothing is guessed.
 
 For tests that flip bits or watch what is appended.  The files are read through the page cache while
 their owner writes with O_DIRECT, which the kernel keeps coherent at our scale: a group or record is
 taken only when its checksum is right.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,6 @@ from millpond.native.record import Extent, Record
 
 BLOCK = lib.MP_BLOCK_BYTES
 GROUP_BYTES = lib.MP_GROUP_HEADER_BYTES
-SUPER_COPIES = (0, 65536)  # of a cache device: format.h
 
 
 def struct_at(path: Path, name: str, offset: int) -> Any:
@@ -88,3 +88,49 @@ def segment_number(path: Path) -> int | None:
     if path.suffix != ".seg" or len(path.stem) != 16:
         return None
     return int(path.stem, 16) or None
+
+
+def groups_of(store: Path) -> Iterator[tuple[Path, Group]]:
+    """All groups of a store's log, segment by segment."""
+    for segment, path in segment_paths(store).items():
+        offset = 0
+        while (group := group_at(path, segment, offset)) is not None:
+            yield path, group
+            offset += group.length_bytes
+
+
+def extents_at(offset: int, found: Record) -> Iterator[tuple[int, Extent]]:
+    """The extents of a record at this offset of a file, each with the place of its bytes."""
+    at = offset + found.header_length_bytes
+    for extent in found.extents:
+        yield at, extent
+        at += extent.stored_length_bytes
+
+
+def raw_block_at(offset: int, found: Record, block: int) -> int | None:
+    """Where a record at this offset has the raw bytes of a block; None: it has not."""
+    for at, extent in extents_at(offset, found):
+        inside = block - extent.first_block
+        if extent.codec == lib.MP_CODEC_NONE and 0 <= inside < extent.block_count:
+            return at + inside * BLOCK
+    return None
+
+
+def find_in_store(store: Path, block: int) -> tuple[Path, int]:
+    """The file and offset of the newest raw copy of a block."""
+    newest = None
+    for path, group in groups_of(store):
+        for offset, found in group.records:
+            if found.type == lib.MP_RECORD_BATCH:
+                at = raw_block_at(offset, found, block)
+                newest = newest if at is None else (path, at)
+    assert newest is not None, f"the store has no raw block {block}"
+    return newest
+
+
+def flip(path: Path, offset: int, bit: int = 3) -> None:
+    """One bit, on the device."""
+    with path.open("r+b", buffering=0) as file:
+        byte = os.pread(file.fileno(), 1, offset)[0]
+        os.pwrite(file.fileno(), bytes([byte ^ 1 << bit]), offset)
+        os.fsync(file.fileno())
