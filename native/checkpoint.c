@@ -8,7 +8,8 @@
  * Why the fuzzy parts are right: recovery replays the log from each volume's position in the captured part. Whatever
  * the walk saw that is newer was applied before the sync, so its record is durable and replayed as well. What the walk
  * missed because it was released meanwhile is in slots or at the store, and its segment is not used again before
- * the next checkpoint. Tombstones are captured first: what they hide may be saved, they hide it again.
+ * the next checkpoint. Tombstones are captured first: what they hide may be saved, they hide it again. None is forgotten
+ * before the end, because what is newer under it may be released only then (release.c).
  *
  * What a crash leaves: before the superblock: the old checkpoint, whole. After: the new one.
  * Failure modes: a failed write or sync fails the engine (nothing is acknowledged any more).
@@ -142,6 +143,7 @@ static void end(struct mp_engine *engine)
 	checkpoint->hash = NULL;
 	checkpoint->running = false;
 	checkpoint->stage = STAGE_IDLE;
+	sweep_again(engine);
 }
 
 static void free_waiting(struct mp_engine *engine)

@@ -277,6 +277,7 @@ void destaged(struct volume *volume, uint64_t sequence)
 	if (sequence <= volume->destaged_sequence)
 		return;
 	volume->destaged_sequence = sequence;
+	volume->sweep_wanted = volume->tombstones.count > 0;
 	if (volume->batch && engine->cut.volume != volume) {
 		if (sequence >= volume->batch_last_sequence) {
 			volume->cut_offset_bytes = volume->batch_end_offset_bytes;

@@ -187,6 +187,7 @@ static void chain_start(struct volume *volume, uint64_t sequence)
 	volume->head_incarnation = engine->super.incarnation;
 	volume->last_sequence = volume->applied_sequence = volume->synced_sequence = sequence;
 	volume->destaged_sequence = volume->logged_synced_sequence = sequence;
+	volume->syncing_sequence = sequence; /* a sync under way is of the old chain */
 	volume->applied_offset_bytes = 0;
 	volume->applied_checksum = volume->head_checksum;
 	volume->applied_incarnation = volume->head_incarnation;

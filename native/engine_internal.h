@@ -247,7 +247,9 @@ struct volume {
 	uint32_t appends_inflight;
 	struct tombstones tombstones;
 	uint64_t release_generation;  /* moves when the log or a tombstone stops covering blocks */
+	bool sweep_wanted;            /* a tombstone is not swept, or may be over */
 	bool open, dirty_recorded, dirty_asked, dirty_ready_told, failed, corrupt, waiting_for_log;
+	bool waking;                  /* a loop that wakes blocked mutations is running */
 	bool open_pending;            /* MP_EVENT_OPENED waits for a checkpoint */
 	uint64_t open_cookie, open_serial;
 	int error;
@@ -435,6 +437,7 @@ void log_index_extent(struct volume *volume, const struct mp_extent *extent, uin
 
 /* sweep.c */
 void sweep_step(struct mp_engine *engine);
+void sweep_again(struct mp_engine *engine); /* tombstones may have become needless */
 bool sweep_pending(const struct mp_engine *engine);
 
 /* fetch.c */

@@ -355,6 +355,7 @@ void log_index_extent(struct volume *volume, const struct mp_extent *extent, uin
 		/* One range may replace many: the difference is signed. */
 		engine->tombstone_count += volume->tombstones.count;
 		engine->tombstone_count -= before;
+		volume->sweep_wanted = true;
 		if (rc) /* out of memory: a trim must not be forgotten */
 			volume_fail(volume, ENOMEM, "no memory to remember a trim");
 		return;
@@ -524,7 +525,10 @@ void log_wait_for_sync(struct volume *volume, struct request *request)
 
 static bool wants_synced_record(const struct volume *volume)
 {
-	return !volume->engine->failed && volume->synced_sequence > volume->logged_synced_sequence &&
+	/* A failed volume's chain may be damaged at its head: nothing is written over that. */
+	return !volume->engine->failed && !volume->failed &&
+	       volume->synced_sequence > volume->logged_synced_sequence &&
+	       volume->synced_sequence > volume->destaged_sequence &&
 	       volume->appends_inflight == 0 && list_is_empty(&volume->ready);
 }
 

@@ -139,6 +139,20 @@ static int load_index(struct mp_engine *engine, const uint8_t *in, uint64_t coun
 	return 0;
 }
 
+/* Slots of a volume that was forgotten keep its origin: nobody may get that again while they last. */
+static void keep_origins_apart(struct mp_engine *engine, const uint8_t *in, uint64_t count)
+{
+	uint64_t i, bytes = mp_slots_entry_bytes(engine->slots);
+
+	for (i = 0; i < count; i++) {
+		struct mp_slot_entry entry;
+
+		memcpy(&entry, in + i * bytes, sizeof entry);
+		if (entry.valid && entry.key >> 40 >= engine->next_origin)
+			engine->next_origin = (uint32_t)(entry.key >> 40) + 1;
+	}
+}
+
 static int load_body(struct mp_engine *engine, const struct mp_cache_checkpoint *header,
 		     const uint8_t *body, uint64_t body_bytes)
 {
@@ -165,12 +179,14 @@ static int load_body(struct mp_engine *engine, const struct mp_cache_checkpoint 
 	in += header->segment_count * sizeof(struct mp_segment_entry);
 	rc = rc ? rc : load_tombstones(engine, in, header->tombstone_count);
 	engine->tombstone_count = header->tombstone_count;
+	sweep_again(engine);
 	in += header->tombstone_count * sizeof(struct mp_tombstone);
 	rc = rc ? rc : load_index(engine, in, header->index_count);
 	in += header->index_count * sizeof(struct mp_index_entry);
 	if (rc)
 		return rc;
 	mp_slots_load(engine->slots, 0, header->slot_count, in);
+	keep_origins_apart(engine, in, header->slot_count);
 	return 0;
 }
 

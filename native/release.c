@@ -345,6 +345,8 @@ void release_step(struct mp_engine *engine)
 		if (!release->volume)
 			return;
 		release->parsed = release->broken = false;
+		/* From here on blocks leave the index: what was asked of the store before is too old to keep. */
+		release->volume->release_generation++;
 		release->extent = 0;
 		release->parse_offset_bytes = 0;
 		release->next_sequence =
