@@ -33,6 +33,9 @@ enum {
 	REPLY_IOVECS = 256,                  /* per sendmsg */
 };
 
+/* An index key has 40 bits of block. */
+#define VOLUME_BYTES_MAX ((1ULL << 40) * MP_BLOCK_BYTES)
+
 /* Quiet time after a sync before a record tells recovery about it; see log.c. */
 #define SYNCED_RECORD_DELAY_NS 50000000ULL
 /* Filled slots are worth a checkpoint (a crash forgets those behind it): soon while one is cheap, else by the

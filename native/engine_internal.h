@@ -253,7 +253,7 @@ struct volume {
 	bool open_pending;            /* MP_EVENT_OPENED waits for a checkpoint */
 	uint64_t open_cookie, open_serial;
 	int error;
-	uint32_t connections;
+	uint32_t connections, fetch_count, fills_inflight;
 	/* destage */
 	uint32_t cut_segment;
 	uint64_t cut_offset_bytes, cut_sequence; /* where the record with this first sequence starts */
@@ -281,6 +281,9 @@ struct cut {
 	struct scan scan;
 	struct volume *volume;        /* NULL: idle */
 	uint64_t parse_offset_bytes, next_sequence, raw_bytes;
+	/* As it was when the scan began: what was synced later may not be in its memory, and what is destaged meanwhile
+	 * must not be missing between older records of the batch. */
+	uint64_t limit_sequence, destaged_sequence;
 	uint64_t begin_offset_bytes, end_offset_bytes; /* of the records taken */
 	uint64_t first_sequence, last_sequence, lineage, epoch;
 	struct mp_io call;
@@ -348,6 +351,7 @@ struct mp_engine {
 	uint32_t next_origin;
 	struct link connections;
 	uint32_t connection_count, paused;
+	bool resume_wanted;           /* a request ended: paused connections may go on */
 	struct link fetches;
 	uint64_t next_request_id;
 	uint32_t fetch_count, fills_inflight, ios_inflight;
@@ -355,7 +359,7 @@ struct mp_engine {
 	uint8_t *reply_bytes;         /* of the fetch stream: an incomplete frame */
 	uint64_t reply_length, reply_capacity;
 	struct cut cut;
-	uint32_t cut_turn;
+	uint32_t cut_turn, append_turn;
 	struct release release;
 	struct checkpoint checkpoint;
 	struct syncer sync;
@@ -464,6 +468,7 @@ void checkpoint_note_fill(struct mp_engine *engine, uint64_t bytes);
 uint64_t checkpoint_due_ns(const struct mp_engine *engine);
 void checkpoint_fill_volume(const struct volume *volume, struct mp_cache_volume *out);
 int super_write(struct mp_driver *driver, struct mp_cache_super *super, uint32_t *copy); /* blocking */
+int checkpoint_load(struct mp_engine *engine, char *message, uint64_t message_bytes);
 int recovery_run(struct mp_engine *engine, char *message, uint64_t message_bytes);
 int super_load(struct mp_driver *driver, struct mp_cache_super *out, uint32_t *copy, char *message,
 	       uint64_t message_bytes);

@@ -295,8 +295,11 @@ void log_append_ready(struct mp_engine *engine)
 
 	if (engine->failed)
 		return;
+	/* In turn: where log space is short, it is not always the same who gets it. */
+	engine->append_turn++;
 	for (i = 0; i < engine->volume_count; i++) {
-		struct volume *volume = engine->volumes[i];
+		uint32_t at = (engine->append_turn + i) % engine->volume_count;
+		struct volume *volume = engine->volumes[at];
 		while (volume && !list_is_empty(&volume->ready) &&
 		       volume->appends_inflight < APPENDS_MAX)
 			if (!append_next(volume))
