@@ -60,6 +60,26 @@ static void switch_segment(struct mp_store *store)
 	store_segment_insert(store, store->active);
 }
 
+static void synced(struct store_io *io);
+
+static void sync_up_to(struct mp_store *store, const struct store_segment *segment, uint64_t commit)
+{
+	if (store->syncing)
+		return;
+	store->syncing = 1;
+	store->sync_commit = commit;
+	store->sync_io.done = synced;
+	store_submit(store, &store->sync_io, MP_OP_SYNC, segment->id, 0, NULL, 0);
+}
+
+/* Evidence moves on without a sync. A later sync of the same file covers it; one of the next file would
+ * not, and a power cut would then take a link out of the chain. */
+static int tail_is_durable(const struct mp_store *store)
+{
+	return store->synced_commit + 1 >= store->position.commit ||
+	       store_fault(store, MP_STORE_FAULT_SKIP_SYNC);
+}
+
 /* Room for the group in the active segment. 1; 0: not yet; -ENOSPC. */
 static int make_room(struct mp_store *store, uint64_t bytes, uint32_t extents)
 {
@@ -72,6 +92,10 @@ static int make_room(struct mp_store *store, uint64_t bytes, uint32_t extents)
 		return ready;
 	if (store->groups)
 		return 0;
+	if (!tail_is_durable(store)) {
+		sync_up_to(store, store->active, store->position.commit - 1);
+		return 0;
+	}
 	switch_segment(store);
 	return 1;
 }
@@ -269,8 +293,6 @@ static int build(struct mp_store *store)
 	return 1;
 }
 
-static void synced(struct store_io *io);
-
 /* Groups that are durable move on: all up to commit. */
 static void move_on(struct mp_store *store, uint64_t commit)
 {
@@ -306,10 +328,7 @@ static void try_sync(struct mp_store *store)
 		move_on(store, last->commit);
 		return;
 	}
-	store->syncing = 1;
-	store->sync_commit = last->commit;
-	store->sync_io.done = synced;
-	store_submit(store, &store->sync_io, MP_OP_SYNC, last->segment->id, 0, NULL, 0);
+	sync_up_to(store, last->segment, last->commit);
 }
 
 static void synced(struct store_io *io)

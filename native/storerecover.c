@@ -41,7 +41,7 @@ static int unreadable(struct recovery *recovery, uint64_t segment, uint64_t offs
 		      int64_t error)
 {
 	snprintf(recovery->message, recovery->message_bytes,
-		 "cannot read segment %llu at offset %llu: error %lld; the store was not changed",
+		 "cannot read or sync segment %llu at offset %llu: error %lld; the store was not changed",
 		 (unsigned long long)segment, (unsigned long long)offset_bytes, (long long)-error);
 	return (int)error;
 }
@@ -353,10 +353,31 @@ static int new_incarnation(struct recovery *recovery)
 	return (int)result;
 }
 
+/* What a crash of the daemon left was written, and perhaps never synced. The log goes on in another file,
+ * whose syncs would not cover it: without this, a power cut would cut the chain below what is acknowledged. */
+static int sync_log(struct recovery *recovery, uint64_t first_segment)
+{
+	struct mp_store *store = recovery->store;
+
+	for (uint64_t i = 0; i < store->segment_count; i++) {
+		const struct store_segment *segment = store->segments[i];
+		int64_t result;
+
+		if (segment->id < first_segment || segment->kind != MP_GROUP_DATA)
+			continue;
+		result = mp_driver_sync(store->driver, segment->id);
+		if (result < 0)
+			return unreadable(recovery, segment->id, segment->length_bytes, result);
+	}
+	store->synced_commit = store->applied.commit - 1;
+	return 0;
+}
+
 static int run(struct recovery *recovery)
 {
 	struct mp_store *store = recovery->store;
 	int error = store_super_load(store, recovery->message, recovery->message_bytes);
+	uint64_t first_segment;
 
 	store->applied.commit = 1;
 	if (!error && store->super.checkpoint_segment)
@@ -367,10 +388,13 @@ static int run(struct recovery *recovery)
 		error = all_present(recovery);
 	if (!error)
 		error = find_heads(recovery);
+	first_segment = store->applied.segment;
 	while (!error && (error = roll(recovery)) == 1)
 		error = 0;
 	if (!error)
 		error = check_end(recovery);
+	if (!error)
+		error = sync_log(recovery, first_segment);
 	if (!error)
 		error = remove_strangers(recovery);
 	if (!error)

@@ -235,10 +235,10 @@ class Disk:
         What it shows is on the device for good: recovery synced it.
         """
         gone = self.explain(image, required=required)
+        while len(self.mutations) - len(gone) > sequence:
+            gone = self._without_one_more(image, gone, sequence, required)
         self._forget(gone)
-        kept = [mutation for mutation in self.mutations if mutation not in gone]
-        gone = self._invisible(kept, len(kept) - sequence, required)
-        self.mutations = [mutation for mutation in kept if mutation not in gone]
+        self.mutations = [mutation for mutation in self.mutations if mutation not in gone]
         if len(self.mutations) != sequence:
             raise Illegal(f"at position {sequence}, the image shows {len(self.mutations)} mutations")
         self.now += 1
@@ -258,20 +258,30 @@ class Disk:
                     block.mutations.pop()
                     block.contents.pop()
 
-    def _invisible(
-        self, kept: list[Mutation], count: int, required: Callable[[Mutation], bool]
+    def _without_one_more(
+        self,
+        image: bytes,
+        gone: set[Mutation],
+        sequence: int,
+        required: Callable[[Mutation], bool],
     ) -> set[Mutation]:
         """Zeroes over zeroes: the image cannot tell whether they happened; the position can."""
-        gone: set[Mutation] = set()
-        for mutation in reversed(kept):
-            blocks = [self.blocks[number] for number in mutation.blocks]
-            if len(gone) < count and not required(mutation) and all(
-                block.mutations[-1] is mutation and block.contents[-1] == block.contents[-2]
-                for block in blocks
-            ):
-                gone.add(mutation)
-                self._forget({mutation})
-        return gone
+        for last in reversed(self.mutations):
+            if last in gone or required(last):
+                continue
+            try:
+                more = self.explain(
+                    image,
+                    required=required,
+                    possible=lambda mutation, last=last: mutation not in gone
+                    and mutation is not last,
+                )
+            except Illegal:
+                continue
+            if len(self.mutations) - len(more) >= sequence:
+                return more
+        shown = len(self.mutations) - len(gone)
+        raise Illegal(f"at position {sequence}, the image shows {shown} mutations")
 
 
 class _Search:

@@ -25,6 +25,9 @@ MODES: Mapping[str, Settings] = MappingProxyType(
         "store-crash": Settings(cut="store"),
         "store-power": Settings(cut="store", **_POWER),
         "store-torn": Settings(cut="store", **_TORN),
+        # First the daemon, and then, soon after it came up again, the power.
+        "cache-crash-power": Settings(cut="cache", **_TORN, soft_first=True),
+        "store-crash-power": Settings(cut="store", **_TORN, soft_first=True),
         "both-cache-torn": Settings(cut="cache", **_TORN, **_BOTH),
         "both-store-torn": Settings(cut="store", **_TORN, **_BOTH),
     }
@@ -41,9 +44,10 @@ class Place:
 
     def settings(self) -> Settings:
         """Odd places are cut once more, soon after they came up."""
-        again = self.cut_after // 2 % 12 + 1 if self.cut_after % 2 else 0
+        mode = MODES[self.mode]
+        again = self.cut_after // 2 % 12 + 1 if self.cut_after % 2 or mode.soft_first else 0
         return replace(
-            MODES[self.mode],
+            mode,
             seed=self.seed,
             depth=1 + self.seed % 6,
             cut_after=self.cut_after,

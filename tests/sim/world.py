@@ -62,6 +62,7 @@ class Settings:
     lose: bool = False  # a crash is a loss of power
     tear: bool = False
     reorder: bool = False
+    soft_first: bool = False  # the first crash takes only the process
     cut: str = ""  # "cache" or "store": whose I/O is counted
     cut_after: int = 0
     cut_both: bool = False  # the other machine falls with it
@@ -144,7 +145,8 @@ class World:
         self._link = 2  # connections at the store: fetch, destage (the next one)
         self._to_store, self._to_cache, self._batch_replies = Pipe(), Pipe(), Pipe()
         self._events: list[Event] = []
-        self._last_sequence = 0
+        self._promised = is_acknowledged  # what the last fall of the cache may not take
+        self._loses_power: dict[str, bool] = {}
         for name in ("cache", "store"):
             self._set_options(name, settings.cut_after if name == settings.cut else 0)
 
@@ -157,11 +159,13 @@ class World:
     def _set_options(self, name: str, crash_after_io: int) -> None:
         settings = self.settings
         node = self.cache if name == "cache" else self.store
+        lose = settings.lose and not (settings.soft_first and self.falls == 0)
+        self._loses_power[name] = lose
         node.sim.set(
             SimOptions(
                 seed=settings.seed * 1000 + self.falls * 10 + len(name) % 2 + 1,
-                lose_unsynced=settings.lose,
-                tear=settings.tear,
+                lose_unsynced=lose,
+                tear=settings.tear and lose,
                 reorder=settings.reorder,
                 latency_ns=20_000,
                 crash_after_io=crash_after_io,
@@ -257,6 +261,7 @@ class World:
             self._want_cut = self._cutting = self._clearing = self.need_dirty = False
             self.cache.die()
             self.guest.detach()
+            self._promised = is_durable if self._loses_power["cache"] else is_acknowledged
             self._set_options("cache", again if self.settings.cut == "cache" else 0)
 
     def _lose_link(self) -> None:
@@ -384,9 +389,7 @@ class World:
         blocks = self.settings.shape.blocks
         if self.disk.mutations:
             image = read_image(self.cache.sim, socket, blocks * BLOCK, self.turn)
-            required = is_durable if self.settings.lose else is_acknowledged
-            self.disk.recovered(image, sequence, required)
-        self._last_sequence = sequence
+            self.disk.recovered(image, sequence, self._promised)
         self.guest.attach(self.cache.sim, socket)
 
     def known(self) -> VolumeStatus | None:
