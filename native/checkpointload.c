@@ -107,11 +107,11 @@ static int load_index(struct mp_engine *engine, const uint8_t *in, uint64_t coun
 		    (place && (place < engine->super.log_offset_bytes ||
 			       place >= engine->super.slots_offset_bytes)))
 			return -EPROTO;
-		slot = index_put(&engine->index, entry.number, entry.block);
+		slot = index_put(&engine->index, entry.number, entry.block, entry.address);
 		slot->sequence = (uint32_t)entry.sequence;
 		slot->checksum = entry.checksum;
-		slot->address = entry.address;
 	}
+	engine->ledger.saved.zeros = engine->index.zeros;
 	return 0;
 }
 
@@ -154,7 +154,7 @@ static int load_body(struct mp_engine *engine, const struct mp_cache_checkpoint 
 	rc = rc ? rc : load_segments(engine, in, header->segment_count);
 	in += header->segment_count * sizeof(struct mp_segment_entry);
 	rc = rc ? rc : load_tombstones(engine, in, header->tombstone_count);
-	engine->tombstone_count = header->tombstone_count;
+	engine->tombstone_count = engine->ledger.saved.ranges = header->tombstone_count;
 	sweep_again(engine);
 	in += header->tombstone_count * sizeof(struct mp_tombstone);
 	rc = rc ? rc : load_index(engine, in, header->index_count);

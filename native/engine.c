@@ -654,6 +654,7 @@ static int allocate(struct mp_engine *engine)
 	    !engine->release.scan.memory || !engine->checkpoint.buffer || !engine->buffers ||
 	    !engine->slots || index_init(&engine->index, blocks))
 		return -ENOMEM;
+	engine->zeros_max = index_zeros_limit(&engine->index, blocks);
 	for (i = 0; i < segments; i++)
 		engine->segments[i].next = NO_SEGMENT;
 	engine->counters.segments_total = segments;

@@ -196,6 +196,7 @@ static void replay(struct volume *volume, const struct mp_record *record, uint64
 		if (!fault(engine, MP_FAULT_KEEP_STALE_SLOTS) ||
 		    record->last_sequence > volume->destaged_sequence)
 			log_index_extent(volume, &table[i], address);
+		needs_add(&engine->ledger.since, needs_of_extent(&table[i]));
 		address += table[i].stored_length_bytes / MP_BLOCK_BYTES;
 	}
 	if (record->type == MP_RECORD_LOG)
