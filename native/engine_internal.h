@@ -379,6 +379,7 @@ struct mp_engine {
 	struct syncer sync;
 	uint64_t now_ns, active_ns, stop_ns;
 	bool stopping, stopped, notify_wanted;
+	bool was_clean;               /* the last life ended in order: no slot can be stale */
 	int failed;
 	struct mp_engine_counters counters;
 
