@@ -2,8 +2,8 @@
  *
  * A turn: wait (completions run, sockets are read) -> commands of the control plane -> connections that waited for
  * buffers -> appends -> sync -> background slices (destage, release, sweep, checkpoint) -> replies.
- * Failure modes: a failed log write, sync or checkpoint ends acknowledging for good (engine_fail): mutations and flushes get
- * EIO, reads go on. A volume fails alone when its log does not verify, or when the store refuses it.
+ * Failure modes: a failed log write or sync is rescued (rescue.c); when that fails too, acknowledging ends for good
+ * (engine_fail): mutations and flushes get EIO, reads go on. A volume fails alone when its log does not verify, or when the store refuses it.
  */
 #include "engine_internal.h"
 
@@ -118,14 +118,17 @@ struct volume *volume_new(struct mp_engine *engine, const uint8_t *id, uint32_t 
 	volume->number = number;
 	volume->origin = engine->next_origin++;
 	volume->tail_segment = volume->head_segment = volume->cut_segment = NO_SEGMENT;
+	volume->doomed_segment = NO_SEGMENT;
 	list_init(&volume->mutations);
 	list_init(&volume->ready);
 	list_init(&volume->appends);
 	list_init(&volume->held);
 	list_init(&volume->syncs);
+	pthread_mutex_lock(&engine->mutex);
 	engine->volumes[number] = volume;
 	if (number >= engine->volume_count)
 		engine->volume_count = number + 1;
+	pthread_mutex_unlock(&engine->mutex);
 	return volume;
 }
 
@@ -133,7 +136,10 @@ void volume_free(struct volume *volume)
 {
 	if (!volume)
 		return;
+	/* The control plane looks for batches under the mutex: after this it finds none here. */
+	pthread_mutex_lock(&volume->engine->mutex);
 	volume->engine->volumes[volume->number] = NULL;
+	pthread_mutex_unlock(&volume->engine->mutex);
 	free(volume->tombstones.items);
 	free(volume->batch);
 	free(volume);
@@ -145,8 +151,9 @@ bool volume_is_idle(const struct volume *volume)
 
 	return volume->connections == 0 && list_is_empty(&volume->mutations) &&
 	       list_is_empty(&volume->held) && volume->appends_inflight == 0 &&
-	       engine->fills_inflight == 0 && engine->fetch_count == 0 &&
-	       engine->release.volume != volume && engine->cut.volume != volume;
+	       volume->fills_inflight == 0 && volume->fetch_count == 0 &&
+	       engine->release.volume != volume && engine->cut.volume != volume &&
+	       !volume->cut_queued;
 }
 
 /* Forget what the log holds of an idle volume; its slots too when its origin changes. */
@@ -172,7 +179,9 @@ static void volume_purge(struct volume *volume)
 	volume->tombstones.count = 0;
 	volume->tail_segment = volume->head_segment = volume->cut_segment = NO_SEGMENT;
 	volume->release_generation++;
+	pthread_mutex_lock(&engine->mutex);
 	cut_reset(volume);
+	pthread_mutex_unlock(&engine->mutex);
 	volume->age_count = 0;
 }
 
@@ -187,10 +196,13 @@ static void chain_start(struct volume *volume, uint64_t sequence)
 	volume->head_incarnation = engine->super.incarnation;
 	volume->last_sequence = volume->applied_sequence = volume->synced_sequence = sequence;
 	volume->destaged_sequence = volume->logged_synced_sequence = sequence;
+	volume->syncing_sequence = sequence; /* a sync under way is of the old chain */
 	volume->applied_offset_bytes = 0;
 	volume->applied_checksum = volume->head_checksum;
 	volume->applied_incarnation = volume->head_incarnation;
 	volume->applied_ordinal = volume->head_ordinal;
+	volume->synced_position = volume->syncing_position = log_applied_position(volume);
+	volume->syncing_sequence = sequence;
 }
 
 static struct volume *volume_create(struct mp_engine *engine, const uint8_t *id)
@@ -242,6 +254,8 @@ static int open_volume(struct mp_engine *engine, const struct command *command)
 	uint64_t at = command->sequence;
 	bool dirty, same;
 
+	if (command->size_bytes > VOLUME_BYTES_MAX)
+		return -EFBIG;
 	if (!volume) {
 		volume = volume_create(engine, command->volume);
 		if (!volume)
@@ -252,7 +266,7 @@ static int open_volume(struct mp_engine *engine, const struct command *command)
 	}
 	if (volume->failed)
 		return -volume->error;
-	if (!volume_is_idle(volume) || volume->open_pending)
+	if (!volume_is_idle(volume) || volume->open_pending || engine->rescue.stage)
 		return -EBUSY;
 	dirty = volume->applied_sequence > volume->destaged_sequence;
 	if (dirty && (at < volume->destaged_sequence || at > volume->applied_sequence))
@@ -277,7 +291,7 @@ static int close_volume(struct mp_engine *engine, const struct command *command)
 
 	if (!volume)
 		return -ENOENT;
-	if (!volume_is_idle(volume) || volume->open_pending ||
+	if (!volume_is_idle(volume) || volume->open_pending || engine->rescue.stage ||
 	    volume->applied_sequence > volume->destaged_sequence)
 		return -EBUSY;
 	volume->open = volume->dirty_recorded = volume->dirty_asked = false;
@@ -488,7 +502,7 @@ static void stop_step(struct mp_engine *engine)
 		return;
 	}
 	if (engine->release.volume || engine->cut.volume || engine->sync.running ||
-	    engine->fills_inflight)
+	    engine->fills_inflight || engine->rescue.stage)
 		return;
 	for (i = 0; i < engine->volume_count; i++)
 		if (engine->volumes[i] && engine->volumes[i]->appends_inflight)
@@ -528,6 +542,7 @@ static void background(struct mp_engine *engine)
 
 	if (index->used + index->deleted > index->capacity / 16 * 14 && index->deleted)
 		index_rebuild(index);
+	rescue_step(engine);
 	cut_step(engine);
 	release_step(engine);
 	if (engine->tombstone_count)
@@ -553,7 +568,8 @@ static bool background_pending(const struct mp_engine *engine)
 
 static int64_t wait_ns(const struct mp_engine *engine, int64_t timeout_ns, uint64_t timer_ns)
 {
-	if (background_pending(engine) || engine->commands || engine->stopped)
+	if (background_pending(engine) || engine->commands || engine->stopped ||
+	    (engine->paused && engine->resume_wanted))
 		return 0;
 	if (engine->counters.inflight_requests &&
 	    engine->now_ns - engine->active_ns < engine->options.poll_ns)
@@ -642,6 +658,7 @@ static int allocate(struct mp_engine *engine)
 	    !engine->release.scan.memory || !engine->checkpoint.buffer || !engine->buffers ||
 	    !engine->slots || index_init(&engine->index, blocks))
 		return -ENOMEM;
+	engine->zeros_max = index_zeros_limit(&engine->index, blocks);
 	for (i = 0; i < segments; i++)
 		engine->segments[i].next = NO_SEGMENT;
 	engine->counters.segments_total = segments;
@@ -739,6 +756,7 @@ void mp_engine_free(struct mp_engine *engine)
 	free(engine->cut.scan.memory);
 	free(engine->release.scan.memory);
 	free(engine->checkpoint.buffer);
+	free(engine->rescue.scan.memory);
 	free(engine->checkpoint.captured);
 	free(engine->outgoing);
 	free(engine->reply_bytes);

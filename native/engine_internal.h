@@ -38,13 +38,15 @@ struct index {
 	struct index_slot *slots;
 	uint64_t capacity;    /* a power of two */
 	uint64_t used, deleted;
+	uint64_t zeros;       /* of used: with address 0; they take no room in the log */
 	uint64_t rebuilds;    /* cursors over the table start again when this changes */
 };
 int index_init(struct index *index, uint64_t entries_max);
 void index_free(struct index *index);
 struct index_slot *index_find(struct index *index, uint32_t number, uint64_t block);
-/* Insert or replace. The caller keeps used below index_limit. */
-struct index_slot *index_put(struct index *index, uint32_t number, uint64_t block);
+/* Insert or replace. The caller keeps zeros below index_zeros_limit; the log bounds the others. */
+struct index_slot *index_put(struct index *index, uint32_t number, uint64_t block, uint32_t address);
+uint64_t index_zeros_limit(const struct index *index, uint64_t log_blocks);
 void index_delete(struct index *index, struct index_slot *slot);
 uint64_t index_limit(const struct index *index);
 void index_rebuild(struct index *index); /* drop the marks of the deleted; not while a checkpoint walks */
@@ -96,6 +98,9 @@ struct connection;
 struct request;
 struct read;
 
+/* What log records put into memory without taking as much log (ledger.c). */
+struct needs { uint64_t zeros, ranges; };
+
 /* ---- mutations ---- */
 
 enum mutation_kind { MUTATION_DATA, MUTATION_TRIM, MUTATION_ZERO };
@@ -125,6 +130,7 @@ struct append {
 	struct mp_io io;
 	struct iovec iov[APPEND_IOVECS_MAX];
 	struct link mutations;
+	struct needs needs;
 	uint8_t *header;
 	uint64_t header_bytes, header_capacity_bytes, payload_bytes;
 	uint64_t first_sequence, last_sequence;
@@ -226,6 +232,8 @@ struct connection {
 
 /* ---- volumes ---- */
 
+/* Where a chain goes on: behind a record. */
+struct position { uint64_t ordinal, offset_bytes, checksum, incarnation; };
 struct age_sample { uint64_t sequence, time_ns; };
 enum { AGE_SAMPLES = 256 };
 struct volume {
@@ -241,17 +249,22 @@ struct volume {
 	uint64_t head_offset_bytes, head_checksum, head_incarnation, head_ordinal;
 	/* Where the chain goes on behind applied_sequence: a checkpoint's log position. */
 	uint64_t applied_offset_bytes, applied_checksum, applied_incarnation, applied_ordinal;
+	/* The same behind synced_sequence, and behind syncing_sequence: where a rescue forks the chain. */
+	struct position synced_position, syncing_position;
+	uint32_t doomed_segment;      /* left behind by a rescue; free once it is final */
 	uint64_t logged_synced_sequence; /* newest synced_sequence that a record of the chain tells */
 	uint64_t synced_at_ns;
 	struct link mutations, ready, appends, held, syncs;
 	uint32_t appends_inflight;
 	struct tombstones tombstones;
 	uint64_t release_generation;  /* moves when the log or a tombstone stops covering blocks */
+	bool sweep_wanted;            /* a tombstone is not swept, or may be over */
 	bool open, dirty_recorded, dirty_asked, dirty_ready_told, failed, corrupt, waiting_for_log;
+	bool waking;                  /* a loop that wakes blocked mutations is running */
 	bool open_pending;            /* MP_EVENT_OPENED waits for a checkpoint */
 	uint64_t open_cookie, open_serial;
 	int error;
-	uint32_t connections;
+	uint32_t connections, fetch_count, fills_inflight;
 	/* destage */
 	uint32_t cut_segment;
 	uint64_t cut_offset_bytes, cut_sequence; /* where the record with this first sequence starts */
@@ -267,6 +280,12 @@ struct volume {
 
 /* ---- background work ---- */
 
+/* What a recovery may find: the last checkpoint's, and what was appended since it began. */
+struct ledger {
+	struct needs saved, since;
+	struct needs inflight, since_running; /* not yet applied; since the running checkpoint began */
+};
+
 struct scan {                     /* reads a segment into memory; used by destage and by release */
 	struct mp_io io;
 	struct iovec iov;
@@ -279,6 +298,9 @@ struct cut {
 	struct scan scan;
 	struct volume *volume;        /* NULL: idle */
 	uint64_t parse_offset_bytes, next_sequence, raw_bytes;
+	/* As it was when the scan began: what was synced later may not be in its memory, and what is destaged meanwhile
+	 * must not be missing between older records of the batch. */
+	uint64_t limit_sequence, destaged_sequence;
 	uint64_t begin_offset_bytes, end_offset_bytes; /* of the records taken */
 	uint64_t first_sequence, last_sequence, lineage, epoch;
 	struct mp_io call;
@@ -290,7 +312,7 @@ struct cut {
 struct release {
 	struct scan scan;
 	struct volume *volume;        /* NULL: idle */
-	uint64_t parse_offset_bytes, next_sequence;
+	uint64_t parse_offset_bytes, next_sequence, end_sequence;
 	uint32_t extent;              /* next extent of the record at parse_offset_bytes */
 	uint64_t payload_offset_bytes;/* of its data */
 	uint32_t fills;
@@ -307,17 +329,38 @@ struct checkpoint {
 	uint64_t filled_bytes, flushing_bytes, offset_bytes; /* offset: where in the area buffer goes */
 	uint8_t *captured;            /* volumes, segment table, tombstones: of one instant */
 	uint64_t captured_bytes;
-	uint64_t cursor, index_rebuilds;
+	uint64_t cursor, index_rebuilds, zeros;
 	struct XXH3_state_s *hash;
 	struct mp_cache_checkpoint header;
 	struct mp_cache_super super;
 	uint64_t log_bytes;           /* appended since the last one began */
 	uint64_t slot_changes, slot_bytes; /* filled since the last one began */
 	uint64_t began_ns;
+	uint32_t failures;            /* writes that failed in a row */
+	uint64_t sync_goal;           /* number of the sync it waits for; 0: none */
+	bool super_in_doubt;          /* super was written, but no sync after it was good */
 };
 struct syncer {
 	bool running, wanted;
+	uint64_t started, completed;  /* counts: completed is the number of the last good one */
 	struct mp_io io;
+};
+
+enum rescue_stage { RESCUE_NONE, RESCUE_DRAIN, RESCUE_COPY, RESCUE_SYNC, RESCUE_CHECKPOINT };
+struct rescue {
+	enum rescue_stage stage;
+	bool busy, forked, unreadable;
+	struct scan scan;             /* the old place */
+	struct mp_io io;              /* one write or sync at a time */
+	struct iovec iov;
+	uint32_t number;              /* of the volume at work */
+	uint32_t old_tail;            /* its chain as it was */
+	uint64_t offset_bytes, sequence; /* of the next record to copy, in scan.segment */
+	struct mp_record *copying;    /* being written, in scan.memory */
+	uint32_t from_address, to_address; /* of its payload */
+	uint64_t copying_bytes;
+	struct link *append;          /* next of its appends to place */
+	uint64_t serial;              /* of the checkpoint that makes it final */
 };
 
 struct command {
@@ -339,6 +382,8 @@ struct mp_engine {
 	uint64_t slot_blocks;
 	struct index index;
 	uint64_t tombstone_count;     /* of all volumes */
+	uint64_t zeros_max;           /* index entries with address 0 */
+	struct ledger ledger;
 	struct mp_slots *slots;
 	struct mp_buffers *buffers;
 	struct volume *volumes[VOLUMES_MAX];
@@ -346,6 +391,7 @@ struct mp_engine {
 	uint32_t next_origin;
 	struct link connections;
 	uint32_t connection_count, paused;
+	bool resume_wanted;           /* a request ended: paused connections may go on */
 	struct link fetches;
 	uint64_t next_request_id;
 	uint32_t fetch_count, fills_inflight, ios_inflight;
@@ -353,10 +399,11 @@ struct mp_engine {
 	uint8_t *reply_bytes;         /* of the fetch stream: an incomplete frame */
 	uint64_t reply_length, reply_capacity;
 	struct cut cut;
-	uint32_t cut_turn;
+	uint32_t cut_turn, append_turn;
 	struct release release;
 	struct checkpoint checkpoint;
 	struct syncer sync;
+	struct rescue rescue;
 	uint64_t now_ns, active_ns, stop_ns;
 	bool stopping, stopped, notify_wanted;
 	bool was_clean;               /* the last life ended in order: no slot can be stale */
@@ -434,8 +481,29 @@ uint32_t segment_of_address(const struct mp_engine *engine, uint32_t address);
 /* Put one logged extent into the index and out of the slots; address of its first block, 0 for none. */
 void log_index_extent(struct volume *volume, const struct mp_extent *extent, uint32_t address);
 
+void append_finish(struct append *append);
+void append_place(struct append *append);
+bool log_make_room(struct volume *volume, uint64_t bytes, bool reserve_allowed);
+struct position log_applied_position(const struct volume *volume);
+
+/* rescue.c */
+void log_failed(struct mp_engine *engine, int error, const char *what);
+void log_synced(struct volume *volume); /* logsync.c */
+void rescue_step(struct mp_engine *engine);
+
+/* ledger.c */
+struct needs needs_of_extent(const struct mp_extent *extent);
+struct needs needs_of_mutation(const struct mutation *mutation);
+void needs_add(struct needs *sum, struct needs more);
+bool ledger_allows(struct mp_engine *engine, struct needs needs);
+void ledger_appended(struct mp_engine *engine, struct needs needs);
+void ledger_applied(struct mp_engine *engine, struct needs needs);
+void ledger_checkpoint_begins(struct mp_engine *engine);
+void ledger_checkpoint_ends(struct mp_engine *engine);
+
 /* sweep.c */
 void sweep_step(struct mp_engine *engine);
+void sweep_again(struct mp_engine *engine); /* tombstones may have become needless */
 bool sweep_pending(const struct mp_engine *engine);
 
 /* fetch.c */
@@ -445,7 +513,7 @@ void fetch_link(struct mp_engine *engine, bool up);
 void fetches_abandon(struct mp_engine *engine);
 bool fill_allowed(struct volume *volume, uint64_t block, uint64_t generation);
 
-/* scan.c, cut.c, release.c */
+/* scan.c, cut.c, release.c; encode.h has more of scan.c */
 void scan_start(struct mp_engine *engine, struct scan *scan, uint32_t segment, uint64_t begin_bytes,
 		void (*done)(struct mp_io *));
 void scan_more(struct mp_engine *engine, struct scan *scan, void (*done)(struct mp_io *));
@@ -457,11 +525,14 @@ bool release_wanted(const struct mp_engine *engine);
 
 /* checkpoint.c, recovery.c */
 void checkpoint_step(struct mp_engine *engine);
+/* End one that runs and has no I/O in flight; another is wanted. */
+void checkpoint_abandon(struct mp_engine *engine);
 void checkpoint_note_fill(struct mp_engine *engine, uint64_t bytes);
 /* When a checkpoint is due because of filled slots; UINT64_MAX: not at all. */
 uint64_t checkpoint_due_ns(const struct mp_engine *engine);
 void checkpoint_fill_volume(const struct volume *volume, struct mp_cache_volume *out);
 int super_write(struct mp_driver *driver, struct mp_cache_super *super, uint32_t *copy); /* blocking */
+int checkpoint_load(struct mp_engine *engine, char *message, uint64_t message_bytes);
 int recovery_run(struct mp_engine *engine, char *message, uint64_t message_bytes);
 int super_load(struct mp_driver *driver, struct mp_cache_super *out, uint32_t *copy, char *message,
 	       uint64_t message_bytes);
