@@ -168,7 +168,7 @@ class CacheDaemon:
             async with asyncio.timeout(limit_s):
                 await work
         except TimeoutError:
-            log.warning("stopping without waiting longer after=%gs", limit_s)
+            log.info("stopping without waiting longer after=%gs", limit_s)
 
     async def _disconnected(self) -> None:
         while self._connections:

@@ -87,6 +87,7 @@ class DestageStream(Stream):
         for reply in replies.values():
             if not reply.done():
                 reply.set_exception(StoreAway(reason))
+                reply.exception()  # whoever waited may have given up already
 
     def received(self, data: memoryview) -> None:
         self._reader.feed(data)

@@ -98,3 +98,4 @@ class EngineEvents:
         for answer in waiting.values():
             if not answer.done():
                 answer.set_exception(CacheError(message))
+                answer.exception()  # whoever waited may have given up already

@@ -118,9 +118,12 @@ class Volume:
     async def attach(self) -> VolumeRecord:
         """A client wants the volume: open it unless it is.  Every attach needs one detach."""
         if self.state is not State.OPEN:
-            async with self._lock:
-                if self.state is State.CLOSED:
-                    await self._open()
+            outcome: asyncio.Future[CacheError | None]
+            outcome = asyncio.get_running_loop().create_future()
+            self._world.tasks.spawn(self._open_for_client(outcome), f"open-{self.id.hex()}")
+            error = await asyncio.shield(outcome)
+            if error is not None:
+                raise error
         if self.state is not State.OPEN:
             raise VolumeRefused(self.problem or "the volume is being given back; try again")
         assert self.record is not None
@@ -236,7 +239,36 @@ class Volume:
             self._arm_idle()
         await self._not_open.wait()
 
-    # -- opening; the lock is held
+    # -- opening; the lock is held from _open on
+
+    async def _open_for_client(self, outcome: "asyncio.Future[CacheError | None]") -> None:
+        """A task of its own: a client that gives up must not leave a volume half open."""
+        error: CacheError | None = None
+        try:
+            async with self._lock:
+                if self.state is State.CLOSED:
+                    await self._open()
+        except CacheError as refused:
+            error = refused
+        finally:
+            outcome.set_result(error)
+        if isinstance(error, StoreAway):
+            await self._undo_lost_open()
+
+    async def _undo_lost_open(self) -> None:
+        """The store may have opened the volume for us without our hearing of it."""
+        backoff = Backoff()
+        while self.state is State.CLOSED:
+            await backoff.wait()
+            try:
+                record = await self._replicas.show(self.id)
+            except StoreAway:
+                continue
+            except CacheError:
+                return
+            if record.open_holder == self._world.cache_id.hex():
+                await self.give_back_leftover(record)
+            return
 
     async def _open(self) -> None:
         """Fence the others, then tell the engine."""

@@ -259,6 +259,8 @@ void cut_step(struct mp_engine *engine)
 {
 	uint32_t i;
 
+	if (engine->rescue.stage) /* the chains are being rewritten */
+		return;
 	for (i = 0; i < engine->volume_count && !engine->cut.volume; i++) {
 		uint32_t at = (engine->cut_turn + i) % engine->volume_count;
 		if (engine->volumes[at] && engine->volumes[at]->cut_queued) {
@@ -277,6 +279,7 @@ void destaged(struct volume *volume, uint64_t sequence)
 	if (sequence <= volume->destaged_sequence)
 		return;
 	volume->destaged_sequence = sequence;
+	volume->sweep_wanted = volume->tombstones.count > 0;
 	if (volume->batch && engine->cut.volume != volume) {
 		if (sequence >= volume->batch_last_sequence) {
 			volume->cut_offset_bytes = volume->batch_end_offset_bytes;

@@ -215,8 +215,13 @@ static void finish(struct mutation *mutation)
 		}
 	} else
 		acknowledge(mutation);
-	while (followed && wake_one(volume))
+	/* Whom it wakes may end here too, when all fail: one loop, not a recursion as deep as the queue. */
+	if (!followed || volume->waking)
+		return;
+	volume->waking = true;
+	while (wake_one(volume))
 		;
+	volume->waking = false;
 }
 
 void mutation_applied(struct mutation *mutation)
@@ -238,6 +243,8 @@ void mutations_unhold(struct volume *volume)
 	while (!list_is_empty(&volume->held)) {
 		struct mutation *mutation = CONTAINER(volume->held.next, struct mutation, in_queue);
 		list_remove(&mutation->in_queue);
+		if (volume->engine->failed && mutation->request)
+			request_error(mutation->request, EIO);
 		acknowledge(mutation);
 	}
 }

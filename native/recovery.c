@@ -139,6 +139,20 @@ static int load_index(struct mp_engine *engine, const uint8_t *in, uint64_t coun
 	return 0;
 }
 
+/* Slots of a volume that was forgotten keep its origin: nobody may get that again while they last. */
+static void keep_origins_apart(struct mp_engine *engine, const uint8_t *in, uint64_t count)
+{
+	uint64_t i, bytes = mp_slots_entry_bytes(engine->slots);
+
+	for (i = 0; i < count; i++) {
+		struct mp_slot_entry entry;
+
+		memcpy(&entry, in + i * bytes, sizeof entry);
+		if (entry.valid && entry.key >> 40 >= engine->next_origin)
+			engine->next_origin = (uint32_t)(entry.key >> 40) + 1;
+	}
+}
+
 static int load_body(struct mp_engine *engine, const struct mp_cache_checkpoint *header,
 		     const uint8_t *body, uint64_t body_bytes)
 {
@@ -165,12 +179,14 @@ static int load_body(struct mp_engine *engine, const struct mp_cache_checkpoint 
 	in += header->segment_count * sizeof(struct mp_segment_entry);
 	rc = rc ? rc : load_tombstones(engine, in, header->tombstone_count);
 	engine->tombstone_count = header->tombstone_count;
+	sweep_again(engine);
 	in += header->tombstone_count * sizeof(struct mp_tombstone);
 	rc = rc ? rc : load_index(engine, in, header->index_count);
 	in += header->index_count * sizeof(struct mp_index_entry);
 	if (rc)
 		return rc;
 	mp_slots_load(engine->slots, 0, header->slot_count, in);
+	keep_origins_apart(engine, in, header->slot_count);
 	return 0;
 }
 
@@ -184,6 +200,7 @@ static int load_checkpoint(struct recovery *recovery)
 	uint8_t *memory;
 	int64_t rc = 0;
 
+	engine->was_clean = super->clean != 0;
 	if (super->checkpoint_generation == 0)
 		return 0;
 	if (bytes < MP_BLOCK_BYTES || bytes % MP_BLOCK_BYTES ||
@@ -273,47 +290,46 @@ static int read_candidates(struct recovery *recovery)
 	return 0;
 }
 
+/* The segment of this chain with the lowest ordinal from ordinal on. */
 static uint32_t chain_segment(const struct mp_engine *engine, const struct volume *volume,
 			      uint64_t ordinal)
 {
-	uint32_t i;
+	uint32_t i, best = NO_SEGMENT;
 
-	for (i = 0; i < engine->segment_count; i++)
-		if (engine->segments[i].state == SEGMENT_CHAIN &&
-		    engine->segments[i].number == volume->number &&
-		    engine->segments[i].ordinal == ordinal)
-			return i;
-	return NO_SEGMENT;
+	for (i = 0; i < engine->segment_count; i++) {
+		const struct segment *segment = &engine->segments[i];
+		if (segment->state == SEGMENT_CHAIN && segment->number == volume->number &&
+		    segment->ordinal >= ordinal &&
+		    (best == NO_SEGMENT || segment->ordinal < engine->segments[best].ordinal))
+			best = i;
+	}
+	return best;
 }
 
-/* Link the segments of a chain from the checkpoint's table, tail to head. Segments that were taken but held nothing
- * applied yet lie behind the checkpoint's position: they are candidates like any free segment. */
+/* Link the segments of a chain from the checkpoint's table, tail to head; a rescue leaves gaps in the ordinals.
+ * Segments that were taken but held nothing applied yet lie behind the checkpoint's position: they are
+ * candidates like any free segment. */
 static void link_chain(struct recovery *recovery, struct volume *volume)
 {
 	struct mp_engine *engine = recovery->engine;
-	uint64_t ordinal = UINT64_MAX;
-	uint32_t i, at;
+	uint32_t at = chain_segment(engine, volume, 0);
 
-	for (i = 0; i < engine->segment_count; i++) {
-		struct segment *segment = &engine->segments[i];
-		if (segment->state != SEGMENT_CHAIN || segment->number != volume->number)
-			continue;
+	while (at != NO_SEGMENT) {
+		struct segment *segment = &engine->segments[at];
+		uint32_t next = chain_segment(engine, volume, segment->ordinal + 1);
+
 		if (segment->ordinal > volume->head_ordinal) {
 			segment->state = SEGMENT_FREE;
 			engine->segments_free++;
-		} else if (segment->ordinal < ordinal)
-			ordinal = segment->ordinal;
-	}
-	for (; ordinal <= volume->head_ordinal; ordinal++) {
-		at = chain_segment(engine, volume, ordinal);
-		if (at == NO_SEGMENT)
-			return;
-		if (volume->head_segment == NO_SEGMENT)
-			volume->tail_segment = at;
-		else
-			engine->segments[volume->head_segment].next = at;
-		engine->segments[at].next = NO_SEGMENT;
-		volume->head_segment = at;
+		} else {
+			if (volume->head_segment == NO_SEGMENT)
+				volume->tail_segment = at;
+			else
+				engine->segments[volume->head_segment].next = at;
+			segment->next = NO_SEGMENT;
+			volume->head_segment = at;
+		}
+		at = next;
 	}
 }
 
@@ -564,6 +580,7 @@ static int seal_recovery(struct mp_engine *engine)
 		struct volume *volume = engine->volumes[i];
 		if (volume && !volume->failed) {
 			volume->synced_sequence = volume->applied_sequence;
+			volume->synced_position = log_applied_position(volume);
 			volume->synced_at_ns = engine->now_ns;
 		}
 	}

@@ -339,12 +339,14 @@ void release_step(struct mp_engine *engine)
 	struct release *release = &engine->release;
 
 	if (!release->volume) {
-		if (engine->stopping || !release_wanted(engine))
+		if (engine->stopping || engine->rescue.stage || !release_wanted(engine))
 			return;
 		release->volume = choose(engine);
 		if (!release->volume)
 			return;
 		release->parsed = release->broken = false;
+		/* From here on blocks leave the index: what was asked of the store before is too old to keep. */
+		release->volume->release_generation++;
 		release->extent = 0;
 		release->parse_offset_bytes = 0;
 		release->next_sequence =

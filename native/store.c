@@ -82,6 +82,8 @@ void store_fail(struct mp_store *store, int error, const char *what, uint64_t fi
 		 "then restart the store", what, (unsigned long long)file,
 		 (unsigned long long)offset_bytes, -error);
 	pthread_mutex_unlock(&store->mutex);
+	/* The daemon must hear of it now, not with the next answer: there may be no client. */
+	store->driver->notify(store->driver->self);
 }
 
 void store_queue_push(struct store_queue *queue, struct store_request *request)

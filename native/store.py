@@ -171,20 +171,20 @@ class StoreCore:
 
     def start(self) -> None:
         """Run the reactor in a thread of its own."""
-        if code := lib.mp_store_start(self._store):
+        if code := lib.mp_store_start(self._living()):
             raise OSError(-code, os.strerror(-code))
 
     def stop(self) -> None:
         """Finish what was accepted, write a checkpoint, end the thread.  Blocks."""
-        lib.mp_store_stop(self._store)
+        lib.mp_store_stop(self._living())
 
     def step(self, timeout_ns: int = 0) -> int:
         """One turn of the reactor (tests): events handled, or -errno when the world ended."""
-        return lib.mp_store_step(self._store, timeout_ns)
+        return lib.mp_store_step(self._living(), timeout_ns)
 
     def feed(self, connection: int, data: Bytes) -> None:
         """Bytes a connection brought: whole or partial frames.  ProtocolError."""
-        code = -lib.mp_store_feed(self._store, connection, ffi.from_buffer(data), len(data))
+        code = -lib.mp_store_feed(self._living(), connection, ffi.from_buffer(data), len(data))
         if code == errno.ESHUTDOWN:
             raise ProtocolError("the store is stopping")
         if code:
@@ -193,26 +193,26 @@ class StoreCore:
     def take(self, connection: int, capacity_bytes: int = _TAKE_BYTES) -> bytes:
         """Bytes to send on a connection; b"" when there are none."""
         capacity_bytes = min(capacity_bytes, _TAKE_BYTES)
-        got = lib.mp_store_take(self._store, connection, self._view, capacity_bytes)
+        got = lib.mp_store_take(self._living(), connection, self._view, capacity_bytes)
         return bytes(memoryview(self._buffer)[:got])
 
     def ready(self, capacity: int = 1024) -> list[int]:
         """Connections that have bytes to take; call again after taking them."""
         out = ffi.new("uint64_t[]", capacity)
-        return list(out[0 : lib.mp_store_ready(self._store, out, capacity)])
+        return list(out[0 : lib.mp_store_ready(self._living(), out, capacity)])
 
     def hangup(self, connection: int) -> None:
         """The connection is gone: drop its streams; what was accepted goes on."""
-        lib.mp_store_hangup(self._store, connection)
+        lib.mp_store_hangup(self._living(), connection)
 
     def pending_bytes(self, connection: int) -> int:
         """Bytes of frames that are not answered yet: stop reading above a limit."""
-        return lib.mp_store_pending_bytes(self._store, connection)
+        return lib.mp_store_pending_bytes(self._living(), connection)
 
     def volume(self, volume_id: bytes) -> VolumeState | None:
         """The durable state of a volume; None: unknown."""
         state = ffi.new("struct mp_volume_state *")
-        if lib.mp_store_get_volume(self._store, volume_id, state):
+        if lib.mp_store_get_volume(self._living(), volume_id, state):
             return None
         return VolumeState.decode(state)
 
@@ -221,24 +221,29 @@ class StoreCore:
         capacity = 64
         while True:
             states = ffi.new("struct mp_volume_state[]", capacity)
-            count = lib.mp_store_list_volumes(self._store, states, capacity)
+            count = lib.mp_store_list_volumes(self._living(), states, capacity)
             if count < capacity:
                 return [VolumeState.decode(states[index]) for index in range(count)]
             capacity *= 4
 
     def volume_bytes(self, volume_id: bytes) -> int:
         """Stored bytes reachable from a volume's map, approximately."""
-        return lib.mp_store_volume_bytes(self._store, volume_id)
+        return lib.mp_store_volume_bytes(self._living(), volume_id)
 
     def counters(self) -> Mapping[str, int]:
         """struct mp_store_counters, as of the end of the last turn."""
         out = ffi.new("struct mp_store_counters *")
-        lib.mp_store_counters(self._store, out)
+        lib.mp_store_counters(self._living(), out)
         return {name: getattr(out, name) for name, _ in ffi.typeof(out[0]).fields}
 
     def failure(self) -> str | None:
         """Why the store acknowledges nothing any more; None: it is well."""
         message = ffi.new("char[]", _MESSAGE_BYTES)
-        if not lib.mp_store_failure(self._store, message, _MESSAGE_BYTES):
+        if not lib.mp_store_failure(self._living(), message, _MESSAGE_BYTES):
             return None
         return ffi.string(message).decode()
+
+    def _living(self) -> Any:
+        """The core.  A call after close() is our error, and must not reach freed memory."""
+        assert self._store != ffi.NULL, "the store core is closed"
+        return self._store

@@ -1,7 +1,8 @@
 /* sweep.c - take what tombstones hide out of index and slots, in bounded slices; then forget the tombstone.
  *
  * A tombstone outlives its sweep: it goes only when index and slots hold nothing older of its range and the store
- * has applied it. Until then every lookup asks it first, so it does not matter when the sweep gets to run.
+ * has applied it, and no checkpoint is being written. Until then every lookup asks it first, so it does not matter when
+ * the sweep gets to run.
  * Failure modes: none; a crash loses only progress (the log or the checkpoint still has the tombstone).
  */
 #include "engine_internal.h"
@@ -53,33 +54,40 @@ static void sweep_one(struct volume *volume, struct tombstone *item)
 		item->phase = 2;
 }
 
-static void forget(struct volume *volume, uint32_t at)
+/* Not while a checkpoint walks: it captured the tombstone, and would meet what is newer under it neither in the index
+ * nor in the log once that is released. Recovery would then read zeroes. */
+static bool is_over(const struct volume *volume, const struct tombstone *item)
 {
-	struct tombstones *tombstones = &volume->tombstones;
-
-	volume->release_generation++;
-	volume->engine->tombstone_count--;
-	tombstones->count--;
-	memmove(&tombstones->items[at], &tombstones->items[at + 1],
-		(tombstones->count - at) * sizeof tombstones->items[0]);
+	if (fault(volume->engine, MP_FAULT_DROP_TOMBSTONE))
+		return true;
+	return item->phase == 2 && item->sequence <= volume->destaged_sequence &&
+	       !volume->engine->checkpoint.running;
 }
 
 static void sweep_volume(struct volume *volume)
 {
 	struct tombstones *tombstones = &volume->tombstones;
 	bool dropping = fault(volume->engine, MP_FAULT_DROP_TOMBSTONE);
-	uint32_t i, steps = 4;
+	uint32_t i, kept = 0, steps = 4;
 
-	for (i = 0; i < tombstones->count && steps;) {
+	volume->sweep_wanted = false;
+	for (i = 0; i < tombstones->count; i++) {
 		struct tombstone *item = &tombstones->items[i];
-		if (item->phase < 2 && !dropping) {
+
+		for (; item->phase < 2 && steps && !dropping; steps--)
 			sweep_one(volume, item);
-			steps--;
-		} else if (item->sequence <= volume->destaged_sequence || dropping) {
-			forget(volume, i);
-		} else
-			i++;
+		volume->sweep_wanted |= item->phase < 2;
+		if (is_over(volume, item))
+			continue;
+		if (kept != i)
+			tombstones->items[kept] = *item;
+		kept++;
 	}
+	if (kept == tombstones->count)
+		return;
+	volume->release_generation++;
+	volume->engine->tombstone_count -= tombstones->count - kept;
+	tombstones->count = kept;
 }
 
 void sweep_step(struct mp_engine *engine)
@@ -87,20 +95,25 @@ void sweep_step(struct mp_engine *engine)
 	uint32_t i;
 
 	for (i = 0; i < engine->volume_count; i++)
-		if (engine->volumes[i] && engine->volumes[i]->tombstones.count)
+		if (engine->volumes[i] && engine->volumes[i]->sweep_wanted)
 			sweep_volume(engine->volumes[i]);
 }
 
 bool sweep_pending(const struct mp_engine *engine)
 {
-	uint32_t i, j;
+	uint32_t i;
 
-	for (i = 0; i < engine->volume_count; i++) {
-		const struct volume *volume = engine->volumes[i];
-		for (j = 0; volume && j < volume->tombstones.count; j++)
-			if (volume->tombstones.items[j].phase < 2 ||
-			    volume->tombstones.items[j].sequence <= volume->destaged_sequence)
-				return true;
-	}
+	for (i = 0; i < engine->volume_count; i++)
+		if (engine->volumes[i] && engine->volumes[i]->sweep_wanted)
+			return true;
 	return false;
+}
+
+void sweep_again(struct mp_engine *engine)
+{
+	uint32_t i;
+
+	for (i = 0; i < engine->volume_count; i++)
+		if (engine->volumes[i] && engine->volumes[i]->tombstones.count)
+			engine->volumes[i]->sweep_wanted = true;
 }

@@ -16,10 +16,9 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-import store_daemon
 import uvloop
-from nbdclient import NbdClient, Negotiation
 
+import store_daemon
 from millpond.cache.chance import Chance
 from millpond.cache.daemon import CacheConfig, CacheDaemon
 from millpond.cache.device import format_cache
@@ -27,6 +26,7 @@ from millpond.cache.shaping import RateLimits
 from millpond.cache.volumes import Volume
 from millpond.native import ffi, lib
 from millpond.store.client import StoreClient
+from nbdclient import NbdClient, Negotiation
 
 MIB = 1024 * 1024
 VOLUME = "disk"

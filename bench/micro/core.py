@@ -7,7 +7,7 @@ from typing import Any
 
 from millpond.native import check, ffi, lib
 from millpond.native.record import decode_frame, encode_batch, encode_frame
-from millpond.store.volume import VolumeState
+from millpond.native.store import Lineage, VolumeState
 
 VOLUME = b"benchmark volume"
 EPOCH, LINEAGE = 1, 7
@@ -30,9 +30,15 @@ class Core:
         self._notified = lib.mp_driver_linux_notify_fd(self._driver)
         self._sequence = 0
         self._next_block = 0
-        state = VolumeState.new(VOLUME, name="bench", size_bytes=SIZE_BYTES)
-        state = state.edit(epoch=EPOCH, lineages=[(LINEAGE, 1)])
-        self.exchange([encode_frame(lib.MP_FRAME_PUT_VOLUME, state.raw)], connection=OWN)
+        state = VolumeState(
+            id=VOLUME,
+            name="bench",
+            size_bytes=SIZE_BYTES,
+            epoch=EPOCH,
+            lineages=(Lineage(LINEAGE, 1),),
+        )
+        frame = encode_frame(lib.MP_FRAME_PUT_VOLUME, state.encode())
+        self.exchange([frame], connection=OWN)
 
     def close(self) -> None:
         """Stop the reactor and give the directory back."""

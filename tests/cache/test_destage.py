@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cache_rig import MIB, Cache, World, frame_type, rig, run, until, with_status
 
+from cache_rig import MIB, Cache, World, frame_type, rig, run, until, with_status
 from millpond.cache import limits
 from millpond.cache.shaping import RateLimits
 from millpond.cache.volumes import State
@@ -73,6 +73,7 @@ def test_the_store_gets_exactly_what_the_guest_wrote(tmp_path: Path) -> None:
     run(scenario())
 
 
+@pytest.mark.expects_warnings
 def test_a_connection_cut_again_and_again_loses_and_doubles_nothing(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with rig(tmp_path) as world:
@@ -96,6 +97,7 @@ def test_a_connection_cut_again_and_again_loses_and_doubles_nothing(tmp_path: Pa
     run(scenario())
 
 
+@pytest.mark.expects_warnings
 def test_an_acknowledgement_that_gets_lost_is_asked_for_again(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with rig(tmp_path) as world:
@@ -115,6 +117,7 @@ def test_an_acknowledgement_that_gets_lost_is_asked_for_again(tmp_path: Path) ->
     run(scenario())
 
 
+@pytest.mark.expects_warnings
 @pytest.mark.parametrize(
     "status", [lib.MP_STATUS_FULL, lib.MP_STATUS_IO, lib.MP_STATUS_CORRUPT], ids=str
 )
@@ -131,6 +134,7 @@ def test_a_store_that_cannot_now_is_asked_again(tmp_path: Path, status: int) -> 
     run(scenario())
 
 
+@pytest.mark.expects_warnings
 @pytest.mark.parametrize(
     ("status", "words"),
     [
@@ -160,6 +164,7 @@ def test_a_store_that_contradicts_our_history_stops_the_volume_loudly(
     run(scenario())
 
 
+@pytest.mark.expects_warnings
 def test_a_batch_that_is_corrupt_every_time_stops_the_volume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

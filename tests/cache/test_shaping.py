@@ -5,10 +5,10 @@ import random
 from itertools import pairwise
 
 import pytest
-from cache_support import run_virtual
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cache_support import run_virtual
 from millpond.cache import limits
 from millpond.cache.shaping import Admission, RateLimits, Shaper
 

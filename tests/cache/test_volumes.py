@@ -5,15 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cache_rig import MIB, SIZE_BYTES, VOLUME, World, frame_type, rig, run, until
-from nbdclient import ConnectionLost
 
+from cache_rig import MIB, SIZE_BYTES, VOLUME, World, frame_type, rig, run, until
 from millpond.cache import limits
 from millpond.cache.exports import ExportError
 from millpond.cache.shaping import RateLimits
 from millpond.cache.status import status_of, volumes_of
 from millpond.cache.volumes import State
 from millpond.native import lib
+from nbdclient import ConnectionLost
 
 BLOCK = bytes(range(256)) * 16
 SLOW = RateLimits(limits.RATE_MIN_BYTES_PER_S, limits.RATE_MIN_BYTES_PER_S)
@@ -78,6 +78,7 @@ def test_what_one_cache_wrote_another_reads_after_it_was_given_back(tmp_path: Pa
     run(scenario())
 
 
+@pytest.mark.expects_warnings
 def test_a_write_is_not_acknowledged_before_dirty_is_on_record(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with rig(tmp_path) as world:
@@ -113,6 +114,7 @@ def test_dirty_is_taken_off_the_record_when_idle_and_put_on_again(tmp_path: Path
     run(scenario())
 
 
+@pytest.mark.expects_warnings
 def test_a_lost_answer_to_clearing_dirty_puts_it_on_again(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with rig(tmp_path) as world:
@@ -182,6 +184,7 @@ def test_a_guest_goes_on_over_a_restart_with_dirty_records(tmp_path: Path) -> No
     run(scenario())
 
 
+@pytest.mark.expects_warnings
 def test_a_cache_that_was_taken_over_keeps_its_dirty_records_and_ships_nothing(
     tmp_path: Path,
 ) -> None:
@@ -206,6 +209,7 @@ def test_a_cache_that_was_taken_over_keeps_its_dirty_records_and_ships_nothing(
     run(scenario())
 
 
+@pytest.mark.expects_warnings
 def test_a_running_cache_that_is_taken_over_stops_the_volume_loudly(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with rig(tmp_path) as world:
@@ -223,6 +227,7 @@ def test_a_running_cache_that_is_taken_over_stops_the_volume_loudly(tmp_path: Pa
     run(scenario())
 
 
+@pytest.mark.expects_warnings
 def test_a_volume_that_the_store_lost_is_never_an_empty_one(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with rig(tmp_path) as world:
@@ -257,6 +262,7 @@ def test_an_unknown_name_is_refused_and_the_empty_one_is_the_only_volume(tmp_pat
     run(scenario())
 
 
+@pytest.mark.expects_warnings
 def test_a_crash_that_left_the_volume_open_at_the_store_is_tidied_up(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with rig(tmp_path) as world:
@@ -302,6 +308,7 @@ def test_a_guest_that_only_read_finds_its_cache_warm(tmp_path: Path) -> None:
     run(scenario())
 
 
+@pytest.mark.expects_warnings
 def test_reads_wait_while_the_store_is_away_and_go_on_when_it_is_back(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with rig(tmp_path) as world:
@@ -318,6 +325,7 @@ def test_reads_wait_while_the_store_is_away_and_go_on_when_it_is_back(tmp_path: 
     run(scenario())
 
 
+@pytest.mark.expects_warnings
 def test_a_damaged_reply_is_fetched_again_on_a_new_connection(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with rig(tmp_path) as world:
@@ -341,6 +349,59 @@ def test_a_damaged_reply_is_fetched_again_on_a_new_connection(tmp_path: Path) ->
             status = await status_of(second.daemon)
             assert damaged and status["checksum_errors"]["fetch"] == 1
             assert status["stores"][0]["fetch"]["connects"] == 2
+
+    run(scenario())
+
+
+@pytest.mark.expects_warnings
+def test_an_open_whose_answer_got_lost_is_undone_when_nobody_tries_again(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with rig(tmp_path) as world:
+            cache = await world.cache("a")
+            lost: list[bytes] = []
+
+            def lose(frame: bytes) -> bytes:
+                if frame_type(frame) == lib.MP_FRAME_CONTROL_REPLY and b'"epoch":1' in frame:
+                    lost.append(frame)
+                    asyncio.get_running_loop().call_soon(world.wire.cut)
+                    return b""
+                return frame
+
+            world.wire.to_cache = lose
+            with pytest.raises(ExportError) as refused:
+                await cache.guest()
+            assert refused.value.code == "platform"
+            assert (await world.record())["open_holder"] == cache.id
+            world.wire.to_cache = lambda frame: frame
+            world.wire.heal()
+            record = await world.record()
+            while record["open_holder"] is not None:
+                await asyncio.sleep(0.02)
+                record = await world.record()
+            assert cache.volume.state is State.CLOSED
+            guest = await cache.guest()
+            await guest.write(0, BLOCK)
+
+    run(scenario())
+
+
+def test_a_client_that_gives_up_leaves_no_volume_half_open(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with rig(tmp_path) as world:
+            cache = await world.cache("a")
+            for turns in range(1, 40, 3):  # cancelled at another step each time
+                opening = asyncio.create_task(cache.daemon.exports.open(VOLUME))
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                opening.cancel()
+                (result,) = await asyncio.gather(opening, return_exceptions=True)
+                if not isinstance(result, BaseException):
+                    await result.release()  # it was faster
+            await asyncio.sleep(0.1)
+            await until(lambda: cache.volume.state is State.CLOSED, "given back")
+            await until(lambda: not cache.volume._lock.locked(), "told to the store")
+            record = await world.record()
+            assert (record["open_holder"], record["dirty_holder"]) == (None, None)
 
     run(scenario())
 

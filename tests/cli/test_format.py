@@ -8,9 +8,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import nbdclient
 import pytest
 
+import nbdclient
 from millpond.cache.device import DeviceError, refuse_when_used
 
 MIB = 1024 * 1024

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import nbdclient
 import pytest
-from millpondprocess import Millpond
 
+import nbdclient
 from millpond.nbd.wire import TransmissionFlag
+from millpondprocess import Millpond
 
 MIB = 1024 * 1024
 SIZE_BYTES = 64 * MIB

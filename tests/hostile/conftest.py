@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Iterator
 
-import nbdclient
 import pytest
+
+import nbdclient
 from millpondprocess import Millpond
 
 SIZE_BYTES = 256 << 20

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 
-import nbdclient
 import pytest
-from millpondprocess import Millpond
 
+import nbdclient
 from millpond.nbd.wire import Command, CommandFlag, Error, TransmissionFlag
+from millpondprocess import Millpond
 
 SIZE_BYTES = 16 << 20
 

@@ -8,7 +8,9 @@ import random
 import time
 
 import pytest
+
 from hostile.conftest import SIZE_BYTES, Connect
+from millpond.nbd.wire import Command, CommandFlag, Error, TransmissionFlag
 from millpondprocess import Millpond
 from nbdclient import (
     ConnectionLost,
@@ -18,8 +20,6 @@ from nbdclient import (
     connect_socket,
     request_bytes,
 )
-
-from millpond.nbd.wire import Command, CommandFlag, Error, TransmissionFlag
 
 MAX_PAYLOAD_BYTES = 32 << 20
 BLOCK = bytes(range(256)) * 16

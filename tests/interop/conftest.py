@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from millpondprocess import Millpond
 
 SIZE_BYTES = 1 << 30

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from interop.conftest import Run
 from millpondprocess import Millpond
 

@@ -5,9 +5,8 @@ from random import Random
 from typing import Any
 
 from golden import generate
-from models import record_model as model
-
 from millpond.native import record
+from models import record_model as model
 
 VOLUME = generate.VOLUME
 

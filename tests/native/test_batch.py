@@ -4,12 +4,12 @@ import errno
 from random import Random
 
 import pytest
-from golden import generate
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import record_model as model
 
+from golden import generate
 from millpond.native import ffi, lib, record
+from models import record_model as model
 
 VOLUME = generate.VOLUME
 BLOCK = 4096

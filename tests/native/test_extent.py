@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import xxhash
-from golden import generate
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from golden import generate
+from millpond.native import ffi, lib, record
 from models import record_model as model
 from models.record_samples import (
     BAD_EXTENTS,
@@ -22,8 +24,6 @@ from models.record_samples import (
     from_model,
     to_model,
 )
-
-from millpond.native import ffi, lib, record
 
 OTHER = bytes(range(0x50, 0x60))
 U64 = st.integers(0, 2**64 - 1)

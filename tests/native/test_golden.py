@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from golden import generate
 
+from golden import generate
 from millpond.native import ffi, lib, record
 
 VOLUME = generate.VOLUME

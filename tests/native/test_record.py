@@ -9,13 +9,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from golden import generate
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from golden import generate
+from millpond.native import ffi, lib, record
 from models import record_model as model
 from models.record_samples import BAD_EXTENTS, HOLE, PACKED, VOLUME
-
-from millpond.native import ffi, lib, record
 
 
 def c_check(data: bytes) -> int:

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from models.slots_model import PINS_BUSY, SlotsModel
 
 from millpond.native import ffi, lib
+from models.slots_model import PINS_BUSY, SlotsModel
 
 UINT64_MAX = 2**64 - 1
 ORIGINS = st.integers(1, 2)

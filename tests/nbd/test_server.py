@@ -12,18 +12,18 @@ from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-import nbdclient
 import pytest
 import uvloop
-from nbdclient import ConnectionLost, Negotiation, OptionRefused, connect, connect_socket
-from nbdmemory import MemoryExports, MemoryOpenExport
 
+import nbdclient
 from millpond.cache.exports import Export, ExportError
 from millpond.nbd import wire
 from millpond.nbd.errors import ListenError
 from millpond.nbd.limits import NbdLimits
 from millpond.nbd.server import NbdServer
 from millpond.nbd.wire import Command, CommandFlag, Error, Option, OptionReply, TransmissionFlag
+from nbdclient import ConnectionLost, Negotiation, OptionRefused, connect, connect_socket
+from nbdmemory import MemoryExports, MemoryOpenExport
 
 # Every situation here is one that the server warns about.
 pytestmark = pytest.mark.expects_warnings

@@ -191,6 +191,16 @@ def test_failed_write_or_sync_of_the_log_ends_acknowledging(world: World, op: Op
     assert world.store.failure() is None
 
 
+def test_failure_that_nobody_waits_for_is_told_at_once(world: World) -> None:
+    world.send_write([Write(0, fill(1))], first=1)
+    world.store.hangup(1)  # no answer will wake the daemon
+    world.sim.set(SimOptions(latency_ns=1000, fail_io=1, fail_op=Op.SYNC))
+    world.sim.notified()
+    while world.store.failure() is None:
+        world.store.step(1000)
+    assert world.sim.notified()
+
+
 def test_failed_nth_io_for_every_n() -> None:
     """Whatever fails: what was acknowledged is there after reopening."""
     for nth in range(1, 60):
