@@ -68,6 +68,7 @@ class Settings:
     cut_both: bool = False  # the other machine falls with it
     cut_again_after: int = 0  # of the next life of what fell
     requests_after_cut: int = 10
+    checkpoint_bytes: int = 2 * MIB  # of log, between the cache's checkpoints
     fail_op: Op | None = None  # the cache's disk fails the fail_io'th of these, in its first life
     fail_io: int = 0
     engine_faults: int = 0
@@ -126,7 +127,10 @@ class World:
         )
         self.guest.acknowledged = self._check_dirty_on_record
         self.cache = CacheNode(
-            EngineOptions(checkpoint_every_bytes=2 * MIB, test_faults=settings.engine_faults)
+            EngineOptions(
+                checkpoint_every_bytes=settings.checkpoint_bytes,
+                test_faults=settings.engine_faults,
+            )
         )
         self.store = StoreNode(
             StoreOptions(
