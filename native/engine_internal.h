@@ -403,15 +403,23 @@ void engine_event(struct mp_engine *engine, const struct mp_event *event);
 void engine_volume_event(struct volume *volume, uint32_t type, int status, uint64_t cookie);
 void engine_fail(struct mp_engine *engine, int error, const char *what);
 void volume_fail(struct volume *volume, int error, const char *what);
-struct volume *volume_new(struct mp_engine *engine, const uint8_t *id, uint32_t number);
-struct volume *volume_by_id(struct mp_engine *engine, const uint8_t *id);
-void volume_free(struct volume *volume);
-bool volume_is_idle(const struct volume *volume);
 void engine_submit(struct mp_engine *engine, struct mp_io *io);
 static inline bool fault(const struct mp_engine *engine, uint64_t which)
 {
 	return (engine->options.test_faults & which) != 0;
 }
+
+/* volumes.c */
+struct volume *volume_new(struct mp_engine *engine, const uint8_t *id, uint32_t number);
+struct volume *volume_by_id(struct mp_engine *engine, const uint8_t *id);
+int volume_open(struct mp_engine *engine, const struct command *command);
+int volume_close(struct mp_engine *engine, const struct command *command);
+void volume_free(struct volume *volume);
+bool volume_is_idle(const struct volume *volume);
+
+/* mailbox.c */
+void commands_run(struct mp_engine *engine);
+void mailbox_free(struct mp_engine *engine); /* with the events that nobody took */
 
 /* outbox.c */
 void volume_publish(const struct volume *volume, struct mp_engine_volume *out);
