@@ -427,9 +427,11 @@ void volume_publish(const struct volume *volume, struct mp_engine_volume *out);
 /* nbd.c */
 int connection_open(struct mp_engine *engine, struct volume *volume, const struct command *command);
 void connections_ready(void *owner, void *context, uint32_t ready);
-void connections_flush(struct mp_engine *engine);   /* end of a turn: replies, closing */
 void connections_resume(struct mp_engine *engine);  /* buffers came back: parse on */
 void connection_stop(struct connection *connection);
+
+/* nbdreply.c */
+void connections_flush(struct mp_engine *engine); /* end of a turn: replies, closing */
 void request_error(struct request *request, int error);
 void request_slice_done(struct request *request);
 void request_finish(struct request *request);
