@@ -1,15 +1,18 @@
 /* checkpoint.c - the log index and the slot table, saved, so that log segments may be used again.
  *
- * Order, each step durable before the next: body (volumes, segment table, tombstones as of one instant; then index and
- * slots as they are when the walk passes) -> header -> one sync, which also covers every log record that is applied ->
- * superblock (the other copy) -> sync -> segments released before it began are free.
- * Two areas take turns, so that the last checkpoint stays whole until the superblock names the next.
+ * Order, each step durable before the next: body (volumes, segment table, tombstones as of one
+ * instant; then index and slots as they are when the walk passes) -> header -> one sync, which also
+ * covers every log record that is applied -> superblock (the other copy) -> sync -> segments
+ * released before it began are free.
+ * Two areas take turns, so that the last checkpoint stays whole until the superblock names the
+ * next.
  *
- * Why the fuzzy parts are right: recovery replays the log from each volume's position in the captured part. Whatever
- * the walk saw that is newer was applied before the sync, so its record is durable and replayed as well. What the walk
- * missed because it was released meanwhile is in slots or at the store, and its segment is not used again before
- * the next checkpoint. Tombstones are captured first: what they hide may be saved, they hide it again. None is forgotten
- * before the end, because what is newer under it may be released only then (release.c).
+ * Why the fuzzy parts are right: recovery replays the log from each volume's position in the
+ * captured part. Whatever the walk saw that is newer was applied before the sync, so its record is
+ * durable and replayed as well. What the walk missed because it was released meanwhile is in slots
+ * or at the store, and its segment is not used again before the next checkpoint. Tombstones are
+ * captured first: what they hide may be saved, they hide it again. None is forgotten before the
+ * end, because what is newer under it may be released only then (release.c).
  *
  * What a crash leaves: before the superblock: the old checkpoint, whole. After: the new one.
  * Failure modes: a failed write or sync fails the engine (nothing is acknowledged any more).
@@ -205,7 +208,8 @@ static void io_done(struct mp_io *io)
 		checkpoint->stage = STAGE_SUPER_SYNC;
 }
 
-static void submit(struct mp_engine *engine, uint32_t op, uint64_t offset_bytes, uint64_t length_bytes)
+static void submit(struct mp_engine *engine, uint32_t op, uint64_t offset_bytes,
+		   uint64_t length_bytes)
 {
 	struct checkpoint *checkpoint = &engine->checkpoint;
 
@@ -229,7 +233,8 @@ static uint64_t area_offset_bytes(const struct mp_engine *engine)
 	return engine->super.checkpoint_offset_bytes[area];
 }
 
-/* Write whole blocks of what is in the buffer; the rest stays for the next, but for the last, which is padded. */
+/* Write whole blocks of what is in the buffer; the rest stays for the next, but for the last, which
+ * is padded. */
 static void flush(struct mp_engine *engine, bool last)
 {
 	struct checkpoint *checkpoint = &engine->checkpoint;
@@ -337,7 +342,8 @@ static void write_header(struct mp_engine *engine)
 	header->generation = engine->super.checkpoint_generation + 1;
 	header->slot_blocks = engine->slot_blocks;
 	header->checksum = mp_xxh3(&header->generation,
-				   sizeof *header - offsetof(struct mp_cache_checkpoint, generation));
+				   sizeof *header - offsetof(struct mp_cache_checkpoint,
+							     generation));
 	memset(checkpoint->buffer, 0, MP_BLOCK_BYTES);
 	memcpy(checkpoint->buffer, header, sizeof *header);
 	submit(engine, MP_OP_WRITE, area_offset_bytes(engine), MP_BLOCK_BYTES);
@@ -419,7 +425,8 @@ void checkpoint_step(struct mp_engine *engine)
 		return;
 	if (!checkpoint->running && (!checkpoint->wanted || !begin(engine)))
 		return;
-	if (checkpoint->stage <= STAGE_INDEX && checkpoint->index_rebuilds != engine->index.rebuilds) {
+	if (checkpoint->stage <= STAGE_INDEX &&
+	    checkpoint->index_rebuilds != engine->index.rebuilds) {
 		end(engine); /* the table was rebuilt under the walk: begin again */
 		checkpoint->wanted = true;
 		return;

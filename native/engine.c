@@ -1,9 +1,11 @@
 /* engine.c - one shard's reactor: the turn, its start and its end, events, failures.
  *
- * A turn: wait (completions run, sockets are read) -> commands of the control plane -> connections that waited for
- * buffers -> appends -> sync -> background slices (destage, release, sweep, checkpoint) -> replies.
- * Failure modes: a failed log write, sync or checkpoint ends acknowledging for good (engine_fail): mutations and flushes get
- * EIO, reads go on. A volume fails alone when its log does not verify, or when the store refuses it.
+ * A turn: wait (completions run, sockets are read) -> commands of the control plane -> connections
+ * that waited for buffers -> appends -> sync -> background slices (destage, release, sweep,
+ * checkpoint) -> replies.
+ * Failure modes: a failed log write, sync or checkpoint ends acknowledging for good (engine_fail):
+ * mutations and flushes get EIO, reads go on. A volume fails alone when its log does not verify, or
+ * when the store refuses it.
  */
 #include "engine_internal.h"
 
@@ -122,7 +124,8 @@ static void publish(struct mp_engine *engine, bool now)
 	pthread_mutex_unlock(&engine->mutex);
 }
 
-/* The grace is over: what waits for a store that is away, or for "dirty" on record, ends without an answer. */
+/* The grace is over: what waits for a store that is away, or for "dirty" on record, ends without an
+ * answer. */
 static void cut_off(struct mp_engine *engine)
 {
 	struct link *link;
@@ -193,7 +196,8 @@ static void background(struct mp_engine *engine)
 	release_step(engine);
 	if (engine->tombstone_count)
 		sweep_step(engine);
-	/* A checkpoint costs a walk over index and slots: let several segments wait for one, unless appends need them. */
+	/* A checkpoint costs a walk over index and slots: let several segments wait for one, unless
+	 * appends need them. */
 	if (engine->segments_waiting && engine->segments_free < engine->segment_count / 4 &&
 	    (engine->segments_waiting >= engine->segment_count / 8 ||
 	     engine->segments_free <= SEGMENTS_LOW))
@@ -226,7 +230,8 @@ static int64_t wait_ns(const struct mp_engine *engine, int64_t timeout_ns, uint6
 	if (engine->stopping && timer_ns > engine->now_ns + STOP_GRACE_NS)
 		timer_ns = engine->now_ns + STOP_GRACE_NS;
 	if (timer_ns != UINT64_MAX) {
-		int64_t until = timer_ns > engine->now_ns ? (int64_t)(timer_ns - engine->now_ns) : 0;
+		int64_t until = timer_ns > engine->now_ns ? (int64_t)(timer_ns - engine->now_ns)
+							  : 0;
 		if (timeout_ns < 0 || until < timeout_ns)
 			return until;
 	}
@@ -237,7 +242,8 @@ int64_t mp_engine_step(struct mp_engine *engine, int64_t timeout_ns)
 {
 	uint64_t timer = log_next_timer_ns(engine), due = checkpoint_due_ns(engine);
 	int64_t handled = engine->driver->wait(engine->driver->self,
-					       wait_ns(engine, timeout_ns, timer < due ? timer : due));
+					       wait_ns(engine, timeout_ns, timer < due ? timer
+										       : due));
 
 	if (handled < 0)
 		return handled;
@@ -372,7 +378,8 @@ void mp_engine_free(struct mp_engine *engine)
 {
 	uint32_t i;
 
-	/* After a simulated crash requests are still in flight; their memory goes with the pool's owner, the test. */
+	/* After a simulated crash requests are still in flight; their memory goes with the pool's
+	 * owner, the test. */
 	mailbox_free(engine);
 	for (i = 0; i < engine->volume_count; i++)
 		volume_free(engine->volumes[i]);

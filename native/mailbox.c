@@ -1,16 +1,18 @@
-/* mailbox.c - commands of the control plane: posted from any thread, carried out by the engine thread.
+/* mailbox.c - commands of the control plane: posted from any thread, carried out by the engine
+ * thread.
  *
- * Happy path: mp_engine_... copies its arguments into a command and wakes the engine, which carries out all that wait,
- * in the order of the calls, once per turn. Answers are events (outbox.c).
- * Failure modes: no memory: -ENOMEM, nothing was posted (a socket handed over is closed). What cannot be done is said by
- * the status of its event.
+ * Happy path: mp_engine_... copies its arguments into a command and wakes the engine, which carries
+ * out all that wait, in the order of the calls, once per turn. Answers are events (outbox.c).
+ * Failure modes: no memory: -ENOMEM, nothing was posted (a socket handed over is closed). What
+ * cannot be done is said by the status of its event.
  */
 #include "engine_internal.h"
 
 enum { COMMAND_OPEN, COMMAND_CLOSE, COMMAND_CONNECT, COMMAND_DISCONNECT, COMMAND_DIRTY, COMMAND_CUT,
 	COMMAND_DESTAGED, COMMAND_FEED, COMMAND_LINK, COMMAND_STOP };
 
-static void reply(struct mp_engine *engine, const struct command *command, uint32_t type, int status)
+static void reply(struct mp_engine *engine, const struct command *command, uint32_t type,
+		  int status)
 {
 	struct mp_event event;
 
@@ -168,7 +170,8 @@ void mailbox_free(struct mp_engine *engine)
 
 /* ---- any thread ---- */
 
-static struct command *command_new(int kind, const uint8_t *volume, const void *bytes, uint64_t length)
+static struct command *command_new(int kind, const uint8_t *volume, const void *bytes,
+				   uint64_t length)
 {
 	struct command *command = calloc(1, sizeof *command + length);
 

@@ -1,14 +1,16 @@
 /* nbd.c - NBD transmission: parse requests, cut them into slices, start them.
  *
- * Happy path: one receive brings many requests; headers are parsed in place, a WRITE's payload goes into aligned block
- * buffers (received straight into them when large), everything finished in a turn leaves in one send.
- * Every request is validated here, once; below, the same facts are asserted.
+ * Happy path: one receive brings many requests; headers are parsed in place, a WRITE's payload goes
+ * into aligned block buffers (received straight into them when large), everything finished in a
+ * turn leaves in one send. Every request is validated here, once; below, the same facts are
+ * asserted.
  *
- * Failure modes: a bad request is answered with the protocol's error and its payload is consumed, so that the stream stays
- * in step; a bad magic or an absurd WRITE ends the connection. A client that does not read its replies, or asks for
- * more than the buffers hold, stalls alone: its socket is not read. End of stream: writes already read whole are finished,
- * a partly received slice is dropped. Full hang-up: unread input is dropped, so that a stale write cannot come after
- * those of a new connection.
+ * Failure modes: a bad request is answered with the protocol's error and its payload is consumed,
+ * so that the stream stays in step; a bad magic or an absurd WRITE ends the connection. A client
+ * that does not read its replies, or asks for more than the buffers hold, stalls alone: its socket
+ * is not read. End of stream: writes already read whole are finished, a partly received slice is
+ * dropped. Full hang-up: unread input is dropped, so that a stale write cannot come after those of
+ * a new connection.
  */
 #include "nbd_internal.h"
 
@@ -97,7 +99,8 @@ static void start_read(struct request *request)
 	request->connection->reading_bytes += request->length_bytes;
 	volume->engine->counters.read_bytes += request->length_bytes;
 	while (request->length_bytes && first < end) {
-		uint32_t count = end - first > SLICE_BLOCKS ? SLICE_BLOCKS : (uint32_t)(end - first);
+		uint32_t count = end - first > SLICE_BLOCKS ? SLICE_BLOCKS
+							    : (uint32_t)(end - first);
 		struct read *read = read_new(volume, first, count);
 
 		if (!read) {
@@ -138,7 +141,8 @@ static bool zero_edge(struct request *request, uint64_t first_byte, uint64_t len
 	return true;
 }
 
-/* TRIM and WRITE_ZEROES: the edges that cover a block partly are written, whole blocks become one range. */
+/* TRIM and WRITE_ZEROES: the edges that cover a block partly are written, whole blocks become one
+ * range. */
 static void start_range(struct request *request)
 {
 	uint64_t at = request->offset_bytes, end = at + request->length_bytes;
@@ -148,7 +152,8 @@ static void start_range(struct request *request)
 	bool ok = true, trim = request->command == COMMAND_TRIM;
 
 	if (end == volume->size_bytes && end % MP_BLOCK_BYTES)
-		last = (end / MP_BLOCK_BYTES + 1) * MP_BLOCK_BYTES; /* nothing lies behind the end */
+		/* nothing lies behind the end */
+		last = (end / MP_BLOCK_BYTES + 1) * MP_BLOCK_BYTES;
 	if (trim)
 		volume->counters.trims++;
 	else
@@ -190,8 +195,9 @@ static void start_flush(struct request *request)
 
 /* ---- receiving ---- */
 
-/* Guests share the buffers. Whatever clients that do not read their replies hold, a connection that holds nothing
- * gets one slice out of the reserve, and a large request alone in the engine is always served. */
+/* Guests share the buffers. Whatever clients that do not read their replies hold, a connection that
+ * holds nothing gets one slice out of the reserve, and a large request alone in the engine is
+ * always served. */
 static bool buffers_allow(const struct connection *connection, uint64_t bytes)
 {
 	const struct mp_engine *engine = connection->engine;
@@ -223,7 +229,8 @@ void connection_break(struct connection *connection)
 	connection->receive_begin = connection->receive_end = 0;
 }
 
-/* A WRITE being received will never be whole: forget the slice; what was cut before goes its way. */
+/* A WRITE being received will never be whole: forget the slice; what was cut before goes its
+ * way. */
 void connection_abandon_write(struct connection *connection)
 {
 	struct request *request = connection->writing;
@@ -428,7 +435,8 @@ static void parse(struct connection *connection)
 	}
 }
 
-/* The rest of a large slice is received in place; what comes behind it goes to the receive buffer. */
+/* The rest of a large slice is received in place; what comes behind it goes to the receive
+ * buffer. */
 static int64_t receive_some(struct connection *connection)
 {
 	struct mp_engine *engine = connection->engine;
@@ -493,8 +501,9 @@ void connections_ready(void *owner, void *context, uint32_t ready)
 
 	(void)owner;
 	if ((ready & MP_SOCKET_HANGUP) && !connection->ended) {
-		/* Both directions are gone: nothing can be answered, and unread writes must not be carried out
-		 * later than those that the client may have sent again on a new connection. */
+		/* Both directions are gone: nothing can be answered, and unread writes must not be
+		 * carried out later than those that the client may have sent again on a new
+		 * connection. */
 		connection->ended = true;
 		connection_break(connection);
 		connection_abandon_write(connection);

@@ -1,4 +1,5 @@
-/* nbd_internal.h - what the two halves of the NBD transmission share: nbd.c (in) and nbdreply.c (out).
+/* nbd_internal.h - what the two halves of the NBD transmission share: nbd.c (in) and nbdreply.c
+ * (out).
  *
  * Engine thread only.
  */

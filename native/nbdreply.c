@@ -1,9 +1,10 @@
 /* nbdreply.c - NBD transmission, the way back: finished requests, replies, closing.
  *
- * Happy path: everything that finished in a turn leaves in one send per connection, straight from the buffers it was
- * read into. A connection is closed when nothing more comes and all its requests are answered.
- * Failure modes: a client that does not read: the rest waits, its socket is watched, nobody else is held up. A failed
- * send breaks the connection: its replies are dropped, accepted mutations finish.
+ * Happy path: everything that finished in a turn leaves in one send per connection, straight from
+ * the buffers it was read into. A connection is closed when nothing more comes and all its requests
+ * are answered.
+ * Failure modes: a client that does not read: the rest waits, its socket is watched, nobody else is
+ * held up. A failed send breaks the connection: its replies are dropped, accepted mutations finish.
  */
 #include "nbd_internal.h"
 
@@ -11,8 +12,8 @@
 
 /* ---- finished requests ---- */
 
-/* NBD's own error numbers; anything else that goes wrong inside is an I/O error to the guest. Never ENOSPC for our
- * reasons: it is set only for a request beyond the end. */
+/* NBD's own error numbers; anything else that goes wrong inside is an I/O error to the guest. Never
+ * ENOSPC for our reasons: it is set only for a request beyond the end. */
 static uint32_t wire_error(int error)
 {
 	switch (error) {
@@ -172,7 +173,8 @@ static void send_replies(struct connection *connection)
 	while (!list_is_empty(&connection->replies) && !connection->broken) {
 		int count = trim_sent(iov, gather(connection, iov), connection->sent_bytes);
 
-		if (count == 0) { /* more slices than iovecs, all of them sent: cannot be, one slice is one */
+		/* more slices than iovecs, all of them sent: cannot be, one slice is one */
+		if (count == 0) {
 			connection_break(connection);
 			break;
 		}

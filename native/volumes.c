@@ -1,9 +1,10 @@
 /* volumes.c - the volumes a shard knows: made known, opened, closed, forgotten.
  *
- * Happy path: open -> a chain that starts at the store's position, or the one of an earlier life that goes on -> a
- * checkpoint that remembers it -> MP_EVENT_OPENED (engine.c). A closed volume stays known, with its slots, until its number is needed.
- * Failure modes: something of it is under way: -EBUSY, ask again. The store's image is not the one that dirty
- * records continue: -ESTALE. Too many volumes that cannot be forgotten: -ENOSPC.
+ * Happy path: open -> a chain that starts at the store's position, or the one of an earlier life
+ * that goes on -> a checkpoint that remembers it -> MP_EVENT_OPENED (engine.c). A closed volume
+ * stays known, with its slots, until its number is needed.
+ * Failure modes: something of it is under way: -EBUSY, ask again. The store's image is not the one
+ * that dirty records continue: -ESTALE. Too many volumes that cannot be forgotten: -ENOSPC.
  */
 #include "engine_internal.h"
 
@@ -95,7 +96,8 @@ static void volume_purge(struct volume *volume)
 	volume->age_count = 0;
 }
 
-/* A chain that starts anew: its first record names a random predecessor, so that no old segment continues it. */
+/* A chain that starts anew: its first record names a random predecessor, so that no old segment
+ * continues it. */
 static void chain_start(struct volume *volume, uint64_t sequence)
 {
 	struct mp_engine *engine = volume->engine;
@@ -141,15 +143,17 @@ static void opened(struct volume *volume, const struct command *command)
 	volume->lineage = command->lineage;
 	volume->open = true;
 	volume->dirty_asked = volume->dirty_ready_told = false;
-	/* Dirty records of an earlier life do not prove that it is on record: they may be ones that were
-	 * never acknowledged, because the crash came before the record. Who opens knows, and tells. */
+	/* Dirty records of an earlier life do not prove that it is on record: they may be ones that
+	 * were never acknowledged, because the crash came before the record. Who opens knows, and
+	 * tells. */
 	volume->dirty_recorded = false;
 	if (volume->applied_sequence > volume->destaged_sequence) {
 		volume->dirty_ready_told = true;
 		engine_volume_event(volume, MP_EVENT_DIRTY_READY, 0, 0);
 	}
-	/* The start of a chain must be on the device before its first record: recovery begins there. And the device
-	 * remembers every epoch, so that after a crash it is known whether slots missed somebody else's writes. */
+	/* The start of a chain must be on the device before its first record: recovery begins
+	 * there. And the device remembers every epoch, so that after a crash it is known whether
+	 * slots missed somebody else's writes. */
 	volume->open_pending = true;
 	volume->open_cookie = command->cookie;
 	volume->open_serial = engine->checkpoint.serial + 1;
