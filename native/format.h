@@ -142,7 +142,7 @@ struct mp_cache_super {
 	uint8_t reserved[3912];
 };
 
-/* checkpoint = header | volumes | segment table | index entries | tombstones | slot table; the
+/* checkpoint = header | volumes | segment table | tombstones | index entries | slot table; the
  * fuzzy parts (index, slots) may hold changes made while it was written: the log from each volume's
  * head on is replayed over them. Counts are given here; index_count is final when the header is
  * sealed */
