@@ -3,9 +3,9 @@
  * A turn: wait (completions run, sockets are read) -> commands of the control plane -> connections
  * that waited for buffers -> appends -> sync -> background slices (destage, release, sweep,
  * checkpoint) -> replies.
- * Failure modes: a failed log write, sync or checkpoint ends acknowledging for good (engine_fail):
- * mutations and flushes get EIO, reads go on. A volume fails alone when its log does not verify, or
- * when the store refuses it.
+ * Failure modes: a failed log write or sync is rescued (rescue.c); when that fails too,
+ * acknowledging ends for good (engine_fail): mutations and flushes get EIO, reads go on. A volume
+ * fails alone when its log does not verify, or when the store refuses it.
  */
 #include "engine_internal.h"
 
@@ -152,7 +152,7 @@ static void stop_step(struct mp_engine *engine)
 		return;
 	}
 	if (engine->release.volume || engine->cut.volume || engine->sync.running ||
-	    engine->fills_inflight)
+	    engine->fills_inflight || engine->rescue.stage)
 		return;
 	for (i = 0; i < engine->volume_count; i++)
 		if (engine->volumes[i] && engine->volumes[i]->appends_inflight)
@@ -192,6 +192,7 @@ static void background(struct mp_engine *engine)
 
 	if (index->used + index->deleted > index->capacity / 16 * 14 && index->deleted)
 		index_rebuild(index);
+	rescue_step(engine);
 	cut_step(engine);
 	release_step(engine);
 	if (engine->tombstone_count)
@@ -393,6 +394,7 @@ void mp_engine_free(struct mp_engine *engine)
 	free(engine->cut.scan.memory);
 	free(engine->release.scan.memory);
 	free(engine->checkpoint.buffer);
+	free(engine->rescue.scan.memory);
 	free(engine->checkpoint.captured);
 	free(engine->outgoing);
 	free(engine->reply_bytes);

@@ -30,6 +30,7 @@ struct volume *volume_new(struct mp_engine *engine, const uint8_t *id, uint32_t 
 	volume->number = number;
 	volume->origin = engine->next_origin++;
 	volume->tail_segment = volume->head_segment = volume->cut_segment = NO_SEGMENT;
+	volume->doomed_segment = NO_SEGMENT;
 	list_init(&volume->mutations);
 	list_init(&volume->ready);
 	list_init(&volume->appends);
@@ -113,6 +114,8 @@ static void chain_start(struct volume *volume, uint64_t sequence)
 	volume->applied_checksum = volume->head_checksum;
 	volume->applied_incarnation = volume->head_incarnation;
 	volume->applied_ordinal = volume->head_ordinal;
+	volume->synced_position = volume->syncing_position = log_applied_position(volume);
+	volume->syncing_sequence = sequence;
 }
 
 static struct volume *volume_create(struct mp_engine *engine, const uint8_t *id)
@@ -178,7 +181,7 @@ int volume_open(struct mp_engine *engine, const struct command *command)
 	}
 	if (volume->failed)
 		return -volume->error;
-	if (!volume_is_idle(volume) || volume->open_pending)
+	if (!volume_is_idle(volume) || volume->open_pending || engine->rescue.stage)
 		return -EBUSY;
 	dirty = volume->applied_sequence > volume->destaged_sequence;
 	if (dirty && (at < volume->destaged_sequence || at > volume->applied_sequence))
@@ -203,7 +206,7 @@ int volume_close(struct mp_engine *engine, const struct command *command)
 
 	if (!volume)
 		return -ENOENT;
-	if (!volume_is_idle(volume) || volume->open_pending ||
+	if (!volume_is_idle(volume) || volume->open_pending || engine->rescue.stage ||
 	    volume->applied_sequence > volume->destaged_sequence)
 		return -EBUSY;
 	volume->open = volume->dirty_recorded = volume->dirty_asked = false;
