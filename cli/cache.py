@@ -18,7 +18,12 @@ from millpond.cli.foreground import (
 from millpond.cli.output import parse_size, print_json
 from millpond.cli.run import run
 
-app = typer.Typer(name="cache", help="Caches.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    name="cache",
+    help="Format a cache device, serve guests from it.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 
 
 def register(parent: typer.Typer) -> None:
@@ -28,7 +33,7 @@ def register(parent: typer.Typer) -> None:
 
 @app.callback()
 def cache() -> None:
-    """Caches."""
+    """Format a cache device, serve guests from it."""
 
 
 @app.command("format")

@@ -31,6 +31,7 @@ ClickException: Any = UsageError.__mro__[1]
 app = typer.Typer(
     name="millpond",
     help="Virtual machine disks at local SSD speed, kept by log-structured storage servers.",
+    epilog="Start with: millpond up DIR",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=True,

@@ -12,7 +12,7 @@ from millpond.cli.run import run
 from millpond.store.daemon import StoreDaemon
 
 app = typer.Typer(
-    name="store", help="Storage servers.", no_args_is_help=True, rich_markup_mode=None
+    name="store", help="Run a storage server.", no_args_is_help=True, rich_markup_mode=None
 )
 
 
@@ -23,7 +23,7 @@ def register(parent: typer.Typer) -> None:
 
 @app.callback()
 def store() -> None:
-    """Storage servers."""
+    """Run a storage server."""
 
 
 @app.command("serve")

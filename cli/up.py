@@ -14,6 +14,7 @@ empty disk; and whatever a crash leaves of a half-made DIR is finished by the ne
 import asyncio
 import fcntl
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Annotated
 
@@ -35,6 +36,7 @@ from millpond.cli.foreground import (
 from millpond.cli.output import format_size, parse_size
 from millpond.cli.run import BUSY, NOT_FOUND, USAGE, CommandError, run
 from millpond.store.catalogue import check_size
+from millpond.native.engine import VolumeStatus
 from millpond.store.client import StoreClient
 from millpond.store.daemon import StoreDaemon
 from millpond.store.errors import Code, StoreError
@@ -256,6 +258,29 @@ async def check_nothing_lost(place: Place, address: str, *, accept_loss: bool) -
         await client.close()
 
 
+async def check_same_store(
+    place: Place, address: str, remembered: Sequence[VolumeStatus]
+) -> None:
+    """A store that lacks what the cache holds is not the store of this cache, whatever its names."""
+    client = await StoreClient.connect(
+        address, role="control", client_id=Chance().new_id(), client_name="millpond up"
+    )
+    try:
+        found = {volume["id"] for volume in (await client.call("volume.list"))["volumes"]}
+    finally:
+        await client.close()
+    missing = [status for status in remembered if status.id.hex() not in found]
+    # One that was drained may have been deleted; all of them, and this is another store.
+    if any(status.has_undestaged for status in missing) or (
+        missing and len(missing) == len(remembered)
+    ):
+        raise CommandError(
+            f"the cache in {place.shown} is of volume {missing[0].id.hex()}, which this store does"
+            " not have; bring the right store back, an empty disk in its place would lose data",
+            exit_code=NOT_FOUND,
+        )
+
+
 def make_cache(place: Place, cache_bytes: int) -> None:
     """Format under another name; the rename says that it is whole."""
     with suppress(FileNotFoundError):
@@ -277,6 +302,11 @@ async def _serve(
     serving_store: "asyncio.Task[None]",
 ) -> None:
     daemon = await CacheDaemon.start(place.cache, config)
+    try:
+        await check_same_store(place, config.stores[0], daemon.engine.list_volumes())
+    except BaseException:
+        await daemon.stop()
+        raise
     await serve_cache(
         daemon,
         nbd_path=place.nbd_socket,

@@ -27,7 +27,10 @@ from millpond.store.transfer import export_image, import_image
 T = TypeVar("T")
 
 app = typer.Typer(
-    name="volume", help="Volumes of a store.", no_args_is_help=True, rich_markup_mode=None
+    name="volume",
+    help="The volumes of a store: list, make, fill, save, delete.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 
 StoreOption = Annotated[

@@ -12,7 +12,8 @@
  * before the end, because what is newer under it may be released only then (release.c).
  *
  * What a crash leaves: before the superblock: the old checkpoint, whole. After: the new one.
- * Failure modes: a failed write or sync fails the engine (nothing is acknowledged any more).
+ * Failure modes: a failed write: begun again, CHECKPOINT_FAILURES_MAX times, then the engine fails. A failed sync puts the
+ * log's unsynced records in doubt as well: rescue.c, then begun again.
  */
 #include <xxhash.h>
 #if defined(__x86_64__) && __has_include(<xxh_x86dispatch.h>)
@@ -144,6 +145,7 @@ static void end(struct mp_engine *engine)
 	checkpoint->captured = NULL;
 	checkpoint->hash = NULL;
 	checkpoint->running = false;
+	checkpoint->sync_goal = 0;
 	checkpoint->stage = STAGE_IDLE;
 	sweep_again(engine);
 }
@@ -167,6 +169,8 @@ static void completed(struct mp_engine *engine)
 {
 	struct checkpoint *checkpoint = &engine->checkpoint;
 
+	checkpoint->failures = 0;
+	checkpoint->super_in_doubt = false;
 	engine->super = checkpoint->super;
 	engine->super_copy ^= 1;
 	engine->counters.checkpoints++;
@@ -175,6 +179,17 @@ static void completed(struct mp_engine *engine)
 	ledger_checkpoint_ends(engine);
 	free_waiting(engine);
 	end(engine);
+}
+
+/* Without success. A superblock that was written may be on the device or not: until one like it is known to be,
+ * neither the checkpoint that it names nor the one before may be overwritten. */
+static void give_up(struct mp_engine *engine)
+{
+	struct checkpoint *checkpoint = &engine->checkpoint;
+
+	checkpoint->super_in_doubt |= checkpoint->stage >= STAGE_SUPER;
+	end(engine);
+	checkpoint->wanted = true;
 }
 
 /* ---- one I/O at a time ---- */
@@ -191,30 +206,26 @@ static void io_done(struct mp_io *io)
 		checkpoint->filled_bytes);
 	checkpoint->flushing_bytes = 0;
 	if (io->result < 0) {
-		end(engine);
-		engine_fail(engine, (int)-io->result, "a checkpoint could not be written");
-		return;
-	}
-	if (checkpoint->stage == STAGE_SUPER_SYNC)
-		completed(engine);
-	else if (checkpoint->stage == STAGE_HEADER)
+		engine->counters.device_errors++;
+		give_up(engine);
+		if (++checkpoint->failures >= CHECKPOINT_FAILURES_MAX)
+			engine_fail(engine, (int)-io->result, "checkpoints cannot be written");
+	} else if (checkpoint->stage == STAGE_HEADER)
 		checkpoint->stage = STAGE_SYNC;
-	else if (checkpoint->stage == STAGE_SYNC)
-		checkpoint->stage = STAGE_SUPER;
 	else if (checkpoint->stage == STAGE_SUPER)
 		checkpoint->stage = STAGE_SUPER_SYNC;
 }
 
-static void submit(struct mp_engine *engine, uint32_t op, uint64_t offset_bytes, uint64_t length_bytes)
+static void submit(struct mp_engine *engine, uint64_t offset_bytes, uint64_t length_bytes)
 {
 	struct checkpoint *checkpoint = &engine->checkpoint;
 
 	memset(&checkpoint->io, 0, sizeof checkpoint->io);
 	checkpoint->iov.iov_base = checkpoint->buffer;
 	checkpoint->iov.iov_len = length_bytes;
-	checkpoint->io.op = op;
+	checkpoint->io.op = MP_OP_WRITE;
 	checkpoint->io.iov = &checkpoint->iov;
-	checkpoint->io.iov_count = length_bytes ? 1 : 0;
+	checkpoint->io.iov_count = 1;
 	checkpoint->io.offset_bytes = offset_bytes;
 	checkpoint->io.length_bytes = length_bytes;
 	checkpoint->io.done = io_done;
@@ -244,7 +255,7 @@ static void flush(struct mp_engine *engine, bool last)
 	XXH3_64bits_update(checkpoint->hash, checkpoint->buffer, bytes);
 	assert(checkpoint->offset_bytes + bytes <= engine->super.checkpoint_capacity_bytes);
 	checkpoint->flushing_bytes = bytes;
-	submit(engine, MP_OP_WRITE, area_offset_bytes(engine) + checkpoint->offset_bytes, bytes);
+	submit(engine, area_offset_bytes(engine) + checkpoint->offset_bytes, bytes);
 	checkpoint->offset_bytes += bytes;
 }
 
@@ -340,10 +351,10 @@ static void write_header(struct mp_engine *engine)
 				   sizeof *header - offsetof(struct mp_cache_checkpoint, generation));
 	memset(checkpoint->buffer, 0, MP_BLOCK_BYTES);
 	memcpy(checkpoint->buffer, header, sizeof *header);
-	submit(engine, MP_OP_WRITE, area_offset_bytes(engine), MP_BLOCK_BYTES);
+	submit(engine, area_offset_bytes(engine), MP_BLOCK_BYTES);
 }
 
-static void write_super(struct mp_engine *engine)
+static void make_super(struct mp_engine *engine)
 {
 	struct checkpoint *checkpoint = &engine->checkpoint;
 	struct mp_cache_super *super = &checkpoint->super;
@@ -354,13 +365,37 @@ static void write_super(struct mp_engine *engine)
 	super->checkpoint_length_bytes = checkpoint->offset_bytes;
 	super->checkpoint_checksum = XXH3_64bits_digest(checkpoint->hash);
 	super->clean = checkpoint->clean;
+}
+
+/* To the copy that is not the newest known to be good. */
+static void write_super(struct mp_engine *engine)
+{
+	struct checkpoint *checkpoint = &engine->checkpoint;
+	struct mp_cache_super *super = &checkpoint->super;
+
 	super->generation++;
 	super_seal(super);
 	memcpy(checkpoint->buffer, super, sizeof *super);
-	submit(engine, MP_OP_WRITE, engine->super_copy ? 0 : 65536, sizeof *super);
+	submit(engine, engine->super_copy ? 0 : 65536, sizeof *super);
 }
 
-static void advance(struct mp_engine *engine)
+/* A sync of the log that begins from now on: it covers all that was written here, and all that is applied. */
+static bool synced(struct mp_engine *engine)
+{
+	struct checkpoint *checkpoint = &engine->checkpoint;
+
+	if (!checkpoint->sync_goal) {
+		checkpoint->sync_goal = engine->sync.started + 1;
+		log_want_sync(engine);
+	}
+	if (engine->sync.completed < checkpoint->sync_goal)
+		return false;
+	checkpoint->sync_goal = 0;
+	return true;
+}
+
+/* One stage on; false: waits. */
+static bool advance(struct mp_engine *engine)
 {
 	struct checkpoint *checkpoint = &engine->checkpoint;
 
@@ -373,22 +408,37 @@ static void advance(struct mp_engine *engine)
 			checkpoint->cursor = 0;
 		} else
 			flush(engine, false);
-		break;
+		return true;
 	case STAGE_TAIL:
 		if (checkpoint->filled_bytes) {
 			flush(engine, true);
-			break;
+			return true;
 		}
 		checkpoint->stage = STAGE_HEADER;
 		write_header(engine);
-		break;
+		return true;
 	case STAGE_SYNC:
-	case STAGE_SUPER_SYNC:
-		submit(engine, MP_OP_SYNC, 0, 0);
-		break;
-	default:
+		if (!synced(engine))
+			return false;
+		make_super(engine);
+		checkpoint->stage = STAGE_SUPER;
 		write_super(engine);
+		return true;
+	case STAGE_SUPER_SYNC:
+		if (!synced(engine))
+			return false;
+		completed(engine);
+		return true;
+	default:
+		return false; /* the completion moves on */
 	}
+}
+
+void checkpoint_abandon(struct mp_engine *engine)
+{
+	assert(!engine->checkpoint.io.context);
+	if (engine->checkpoint.running)
+		give_up(engine);
 }
 
 void checkpoint_note_fill(struct mp_engine *engine, uint64_t bytes)
@@ -415,8 +465,17 @@ void checkpoint_step(struct mp_engine *engine)
 {
 	struct checkpoint *checkpoint = &engine->checkpoint;
 
-	if (engine->failed || checkpoint->io.context)
+	bool held = engine->rescue.stage && engine->rescue.stage != RESCUE_CHECKPOINT;
+
+	if (engine->failed || checkpoint->io.context || held)
 		return;
+	if (!checkpoint->running && checkpoint->super_in_doubt) {
+		/* The checkpoint that it names is whole; only its name has to be written again. */
+		checkpoint->running = true;
+		checkpoint->stage = STAGE_SUPER;
+		write_super(engine);
+		return;
+	}
 	if (!checkpoint->running && (!checkpoint->wanted || !begin(engine)))
 		return;
 	if (checkpoint->stage <= STAGE_INDEX && checkpoint->index_rebuilds != engine->index.rebuilds) {
@@ -424,6 +483,6 @@ void checkpoint_step(struct mp_engine *engine)
 		checkpoint->wanted = true;
 		return;
 	}
-	while (checkpoint->running && !checkpoint->io.context)
-		advance(engine);
+	while (checkpoint->running && !checkpoint->io.context && advance(engine))
+		;
 }

@@ -175,6 +175,7 @@ int checkpoint_load(struct mp_engine *engine, char *message, uint64_t message_by
 	uint8_t *memory;
 	int64_t rc = 0;
 
+	engine->was_clean = super->clean != 0;
 	if (super->checkpoint_generation == 0)
 		return 0;
 	if (bytes < MP_BLOCK_BYTES || bytes % MP_BLOCK_BYTES ||

@@ -30,6 +30,7 @@ enum {
 	SCAN_STEP_BYTES = 512 * 1024,        /* one read of a segment scan */
 	CHECKPOINT_STEP_BYTES = 512 * 1024,  /* one write of a checkpoint */
 	INTERNAL_BYTES = 16 * 1024 * 1024,   /* of buffers, beyond what guest requests may take */
+	CHECKPOINT_FAILURES_MAX = 3,         /* failed writes of checkpoints in a row */
 	EVENTS_MAX = 65536,
 	REPLY_IOVECS = 256,                  /* per sendmsg */
 };

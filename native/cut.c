@@ -268,6 +268,8 @@ void cut_step(struct mp_engine *engine)
 {
 	uint32_t i;
 
+	if (engine->rescue.stage) /* the chains are being rewritten */
+		return;
 	for (i = 0; i < engine->volume_count && !engine->cut.volume; i++) {
 		uint32_t at = (engine->cut_turn + i) % engine->volume_count;
 		if (engine->volumes[at] && engine->volumes[at]->cut_queued) {

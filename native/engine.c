@@ -2,8 +2,8 @@
  *
  * A turn: wait (completions run, sockets are read) -> commands of the control plane -> connections that waited for
  * buffers -> appends -> sync -> background slices (destage, release, sweep, checkpoint) -> replies.
- * Failure modes: a failed log write, sync or checkpoint ends acknowledging for good (engine_fail): mutations and flushes get
- * EIO, reads go on. A volume fails alone when its log does not verify, or when the store refuses it.
+ * Failure modes: a failed log write or sync is rescued (rescue.c); when that fails too, acknowledging ends for good
+ * (engine_fail): mutations and flushes get EIO, reads go on. A volume fails alone when its log does not verify, or when the store refuses it.
  */
 #include "engine_internal.h"
 
@@ -118,6 +118,7 @@ struct volume *volume_new(struct mp_engine *engine, const uint8_t *id, uint32_t 
 	volume->number = number;
 	volume->origin = engine->next_origin++;
 	volume->tail_segment = volume->head_segment = volume->cut_segment = NO_SEGMENT;
+	volume->doomed_segment = NO_SEGMENT;
 	list_init(&volume->mutations);
 	list_init(&volume->ready);
 	list_init(&volume->appends);
@@ -200,6 +201,8 @@ static void chain_start(struct volume *volume, uint64_t sequence)
 	volume->applied_checksum = volume->head_checksum;
 	volume->applied_incarnation = volume->head_incarnation;
 	volume->applied_ordinal = volume->head_ordinal;
+	volume->synced_position = volume->syncing_position = log_applied_position(volume);
+	volume->syncing_sequence = sequence;
 }
 
 static struct volume *volume_create(struct mp_engine *engine, const uint8_t *id)
@@ -263,7 +266,7 @@ static int open_volume(struct mp_engine *engine, const struct command *command)
 	}
 	if (volume->failed)
 		return -volume->error;
-	if (!volume_is_idle(volume) || volume->open_pending)
+	if (!volume_is_idle(volume) || volume->open_pending || engine->rescue.stage)
 		return -EBUSY;
 	dirty = volume->applied_sequence > volume->destaged_sequence;
 	if (dirty && (at < volume->destaged_sequence || at > volume->applied_sequence))
@@ -288,7 +291,7 @@ static int close_volume(struct mp_engine *engine, const struct command *command)
 
 	if (!volume)
 		return -ENOENT;
-	if (!volume_is_idle(volume) || volume->open_pending ||
+	if (!volume_is_idle(volume) || volume->open_pending || engine->rescue.stage ||
 	    volume->applied_sequence > volume->destaged_sequence)
 		return -EBUSY;
 	volume->open = volume->dirty_recorded = volume->dirty_asked = false;
@@ -499,7 +502,7 @@ static void stop_step(struct mp_engine *engine)
 		return;
 	}
 	if (engine->release.volume || engine->cut.volume || engine->sync.running ||
-	    engine->fills_inflight)
+	    engine->fills_inflight || engine->rescue.stage)
 		return;
 	for (i = 0; i < engine->volume_count; i++)
 		if (engine->volumes[i] && engine->volumes[i]->appends_inflight)
@@ -539,6 +542,7 @@ static void background(struct mp_engine *engine)
 
 	if (index->used + index->deleted > index->capacity / 16 * 14 && index->deleted)
 		index_rebuild(index);
+	rescue_step(engine);
 	cut_step(engine);
 	release_step(engine);
 	if (engine->tombstone_count)
@@ -752,6 +756,7 @@ void mp_engine_free(struct mp_engine *engine)
 	free(engine->cut.scan.memory);
 	free(engine->release.scan.memory);
 	free(engine->checkpoint.buffer);
+	free(engine->rescue.scan.memory);
 	free(engine->checkpoint.captured);
 	free(engine->outgoing);
 	free(engine->reply_bytes);

@@ -75,7 +75,7 @@ struct mp_engine_counters {
 		checkpoints, checkpoint_bytes, protocol_errors, refused_requests, device_errors,
 		segments_free, segments_total, segments_waiting, slots_used, slots_total, slot_bytes,
 		index_entries, memory_bytes, inflight_requests, buffer_bytes_used, promoted_blocks,
-		recovered_records, recovered_bytes, tail_records_dropped, failed;
+		recovered_records, recovered_bytes, tail_records_dropped, log_rescues, failed;
 };
 int64_t mp_engine_list_volumes(struct mp_engine *engine, struct mp_engine_volume *out, uint64_t capacity);
 void mp_engine_counters(struct mp_engine *engine, struct mp_engine_counters *out);

@@ -232,6 +232,8 @@ struct connection {
 
 /* ---- volumes ---- */
 
+/* Where a chain goes on: behind a record. */
+struct position { uint64_t ordinal, offset_bytes, checksum, incarnation; };
 struct age_sample { uint64_t sequence, time_ns; };
 enum { AGE_SAMPLES = 256 };
 struct volume {
@@ -247,6 +249,9 @@ struct volume {
 	uint64_t head_offset_bytes, head_checksum, head_incarnation, head_ordinal;
 	/* Where the chain goes on behind applied_sequence: a checkpoint's log position. */
 	uint64_t applied_offset_bytes, applied_checksum, applied_incarnation, applied_ordinal;
+	/* The same behind synced_sequence, and behind syncing_sequence: where a rescue forks the chain. */
+	struct position synced_position, syncing_position;
+	uint32_t doomed_segment;      /* left behind by a rescue; free once it is final */
 	uint64_t logged_synced_sequence; /* newest synced_sequence that a record of the chain tells */
 	uint64_t synced_at_ns;
 	struct link mutations, ready, appends, held, syncs;
@@ -331,10 +336,31 @@ struct checkpoint {
 	uint64_t log_bytes;           /* appended since the last one began */
 	uint64_t slot_changes, slot_bytes; /* filled since the last one began */
 	uint64_t began_ns;
+	uint32_t failures;            /* writes that failed in a row */
+	uint64_t sync_goal;           /* number of the sync it waits for; 0: none */
+	bool super_in_doubt;          /* super was written, but no sync after it was good */
 };
 struct syncer {
 	bool running, wanted;
+	uint64_t started, completed;  /* counts: completed is the number of the last good one */
 	struct mp_io io;
+};
+
+enum rescue_stage { RESCUE_NONE, RESCUE_DRAIN, RESCUE_COPY, RESCUE_SYNC, RESCUE_CHECKPOINT };
+struct rescue {
+	enum rescue_stage stage;
+	bool busy, forked, unreadable;
+	struct scan scan;             /* the old place */
+	struct mp_io io;              /* one write or sync at a time */
+	struct iovec iov;
+	uint32_t number;              /* of the volume at work */
+	uint32_t old_tail;            /* its chain as it was */
+	uint64_t offset_bytes, sequence; /* of the next record to copy, in scan.segment */
+	struct mp_record *copying;    /* being written, in scan.memory */
+	uint32_t from_address, to_address; /* of its payload */
+	uint64_t copying_bytes;
+	struct link *append;          /* next of its appends to place */
+	uint64_t serial;              /* of the checkpoint that makes it final */
 };
 
 struct command {
@@ -377,8 +403,10 @@ struct mp_engine {
 	struct release release;
 	struct checkpoint checkpoint;
 	struct syncer sync;
+	struct rescue rescue;
 	uint64_t now_ns, active_ns, stop_ns;
 	bool stopping, stopped, notify_wanted;
+	bool was_clean;               /* the last life ended in order: no slot can be stale */
 	int failed;
 	struct mp_engine_counters counters;
 
@@ -453,6 +481,16 @@ uint32_t segment_of_address(const struct mp_engine *engine, uint32_t address);
 /* Put one logged extent into the index and out of the slots; address of its first block, 0 for none. */
 void log_index_extent(struct volume *volume, const struct mp_extent *extent, uint32_t address);
 
+void append_finish(struct append *append);
+void append_place(struct append *append);
+bool log_make_room(struct volume *volume, uint64_t bytes, bool reserve_allowed);
+struct position log_applied_position(const struct volume *volume);
+
+/* rescue.c */
+void log_failed(struct mp_engine *engine, int error, const char *what);
+void log_synced(struct volume *volume); /* logsync.c */
+void rescue_step(struct mp_engine *engine);
+
 /* ledger.c */
 struct needs needs_of_extent(const struct mp_extent *extent);
 struct needs needs_of_mutation(const struct mutation *mutation);
@@ -475,7 +513,7 @@ void fetch_link(struct mp_engine *engine, bool up);
 void fetches_abandon(struct mp_engine *engine);
 bool fill_allowed(struct volume *volume, uint64_t block, uint64_t generation);
 
-/* scan.c, cut.c, release.c */
+/* scan.c, cut.c, release.c; encode.h has more of scan.c */
 void scan_start(struct mp_engine *engine, struct scan *scan, uint32_t segment, uint64_t begin_bytes,
 		void (*done)(struct mp_io *));
 void scan_more(struct mp_engine *engine, struct scan *scan, void (*done)(struct mp_io *));
@@ -487,6 +525,8 @@ bool release_wanted(const struct mp_engine *engine);
 
 /* checkpoint.c, recovery.c */
 void checkpoint_step(struct mp_engine *engine);
+/* End one that runs and has no I/O in flight; another is wanted. */
+void checkpoint_abandon(struct mp_engine *engine);
 void checkpoint_note_fill(struct mp_engine *engine, uint64_t bytes);
 /* When a checkpoint is due because of filled slots; UINT64_MAX: not at all. */
 uint64_t checkpoint_due_ns(const struct mp_engine *engine);

@@ -13,8 +13,8 @@
  * nothing follows a sync for SYNCED_RECORD_DELAY_NS, a record without extents tells it. A record that does not verify
  * below such a point is corruption, not an end.
  *
- * Failure modes: no free segment: mutations wait in ready, holding no log space (the guest stalls). A failed write or
- * sync: the engine fails: nothing is acknowledged any more, reads go on (engine_fail).
+ * Failure modes: no free segment: mutations wait in ready, holding no log space (the guest stalls). A failed write:
+ * nothing is acknowledged until all since the last good sync is written elsewhere and synced (rescue.c).
  */
 #include "engine_internal.h"
 
@@ -65,7 +65,7 @@ static bool take_segment(struct volume *volume, bool reserve_allowed)
 	return true;
 }
 
-static bool make_room(struct volume *volume, uint64_t bytes, bool reserve_allowed)
+bool log_make_room(struct volume *volume, uint64_t bytes, bool reserve_allowed)
 {
 	const struct mp_engine *engine = volume->engine;
 
@@ -127,10 +127,36 @@ static uint32_t describe(struct append *append, const struct mutation *mutation,
 
 static void append_done(struct mp_io *io);
 
-static void append_seal(struct append *append, uint32_t extents, uint16_t type)
+/* Where the record of this append goes: at the head, which moves behind it. */
+void append_place(struct append *append)
 {
 	struct volume *volume = append->volume;
 	struct mp_engine *engine = volume->engine;
+	struct mp_record *record = (struct mp_record *)(void *)append->header;
+
+	append->segment = volume->head_segment;
+	engine->segments[append->segment].pins++;
+	append->io.offset_bytes =
+		segment_offset_bytes(engine, append->segment) + volume->head_offset_bytes;
+	append->address =
+		(uint32_t)((append->io.offset_bytes + append->header_bytes) / MP_BLOCK_BYTES);
+	record->incarnation = engine->super.incarnation;
+	record->previous_checksum = volume->head_checksum;
+	record->segment_ordinal = volume->head_ordinal;
+	record->segment_offset_bytes = volume->head_offset_bytes;
+	record->synced_sequence = volume->synced_sequence;
+	mp_record_seal(record);
+	volume->logged_synced_sequence = volume->synced_sequence;
+	volume->head_checksum = record->checksum;
+	volume->head_incarnation = record->incarnation;
+	volume->head_offset_bytes += append->header_bytes + append->payload_bytes;
+	append->end_offset_bytes = volume->head_offset_bytes;
+	append->ordinal = volume->head_ordinal;
+}
+
+static void append_fill(struct append *append, uint32_t extents, uint16_t type)
+{
+	const struct volume *volume = append->volume;
 	struct mp_record *record = (struct mp_record *)append->header;
 
 	record->type = type;
@@ -142,15 +168,6 @@ static void append_seal(struct append *append, uint32_t extents, uint16_t type)
 	record->extent_count = extents;
 	record->header_length_bytes = append->header_bytes;
 	record->payload_length_bytes = append->payload_bytes;
-	record->incarnation = engine->super.incarnation;
-	record->previous_checksum = volume->head_checksum;
-	record->segment_ordinal = volume->head_ordinal;
-	record->segment_offset_bytes = volume->head_offset_bytes;
-	record->synced_sequence = volume->synced_sequence;
-	mp_record_seal(record);
-	volume->logged_synced_sequence = volume->synced_sequence;
-	volume->head_checksum = record->checksum;
-	volume->head_incarnation = record->incarnation;
 }
 
 static void append_submit(struct append *append)
@@ -159,22 +176,14 @@ static void append_submit(struct append *append)
 	struct mp_engine *engine = volume->engine;
 	uint64_t length = append->header_bytes + append->payload_bytes;
 
-	append->segment = volume->head_segment;
-	engine->segments[append->segment].pins++;
+	append_place(append);
 	append->io.op = MP_OP_WRITE;
-	append->io.offset_bytes =
-		segment_offset_bytes(engine, append->segment) + volume->head_offset_bytes;
 	append->io.length_bytes = length;
 	append->io.iov = append->iov;
 	append->iov[0].iov_base = append->header;
 	append->iov[0].iov_len = append->header_bytes;
 	append->io.done = append_done;
 	append->io.context = append;
-	append->address =
-		(uint32_t)((append->io.offset_bytes + append->header_bytes) / MP_BLOCK_BYTES);
-	volume->head_offset_bytes += length;
-	append->end_offset_bytes = volume->head_offset_bytes;
-	append->ordinal = volume->head_ordinal;
 	volume->appends_inflight++;
 	list_append(&volume->appends, &append->in_volume);
 	engine->counters.log_records++;
@@ -270,7 +279,7 @@ static bool append_next(struct volume *volume)
 	table_bytes = MP_RECORD_HEADER_BYTES + extents * MP_EXTENT_BYTES + MP_BLOCK_BYTES;
 	volume->waiting_for_log = true;
 	if (!ledger_allows(engine, needs) ||
-	    !make_room(volume, bytes + table_bytes, !data))
+	    !log_make_room(volume, bytes + table_bytes, !data))
 		return false;
 	append = append_new(volume, extents);
 	if (!append)
@@ -294,7 +303,7 @@ static bool append_next(struct volume *volume)
 	ledger_appended(engine, needs);
 	bytes = MP_RECORD_HEADER_BYTES + (uint64_t)used * MP_EXTENT_BYTES;
 	append->header_bytes = (bytes + MP_BLOCK_BYTES - 1) / MP_BLOCK_BYTES * MP_BLOCK_BYTES;
-	append_seal(append, used, MP_RECORD_LOG);
+	append_fill(append, used, MP_RECORD_LOG);
 	append_submit(append);
 	return true;
 }
@@ -303,7 +312,7 @@ void log_append_ready(struct mp_engine *engine)
 {
 	uint32_t i;
 
-	if (engine->failed)
+	if (engine->failed || engine->rescue.stage)
 		return;
 	/* In turn: where log space is short, it is not always the same who gets it. */
 	engine->append_turn++;
@@ -321,13 +330,13 @@ void log_synced_record(struct volume *volume)
 {
 	struct append *append;
 
-	if (!make_room(volume, MP_BLOCK_BYTES, true))
+	if (!log_make_room(volume, MP_BLOCK_BYTES, true))
 		return;
 	append = append_new(volume, 0);
 	if (!append)
 		return;
 	append->first_sequence = append->last_sequence = volume->last_sequence;
-	append_seal(append, 0, MP_RECORD_SYNCED);
+	append_fill(append, 0, MP_RECORD_SYNCED);
 	append_submit(append);
 }
 
@@ -380,6 +389,14 @@ void log_index_extent(struct volume *volume, const struct mp_extent *extent, uin
 			    extent->block_count);
 }
 
+struct position log_applied_position(const struct volume *volume)
+{
+	return (struct position){.ordinal = volume->applied_ordinal,
+				 .offset_bytes = volume->applied_offset_bytes,
+				 .checksum = volume->applied_checksum,
+				 .incarnation = volume->applied_incarnation};
+}
+
 static void append_apply(struct append *append)
 {
 	struct volume *volume = append->volume;
@@ -406,7 +423,7 @@ static void append_apply(struct append *append)
 	}
 }
 
-static void append_finish(struct append *append)
+void append_finish(struct append *append)
 {
 	struct volume *volume = append->volume;
 	struct mp_engine *engine = volume->engine;
@@ -438,131 +455,13 @@ static void append_done(struct mp_io *io)
 	engine->ios_inflight--;
 	append->done = true;
 	if (io->result < 0)
-		engine_fail(engine, (int)-io->result, "a write to the log failed");
-	/* In order: a later record may be complete, but recovery would not reach it before this one. */
-	while (!list_is_empty(&volume->appends)) {
+		log_failed(engine, (int)-io->result, "a write to the log failed");
+	/* In order: a later record may be complete, but recovery would not reach it before this one. After a
+	 * failure nobody is acknowledged before all since the last good sync is written elsewhere. */
+	while (!list_is_empty(&volume->appends) && !engine->rescue.stage) {
 		append = CONTAINER(volume->appends.next, struct append, in_volume);
 		if (!append->done)
 			break;
 		append_finish(append);
 	}
-}
-
-/* ---- syncs ---- */
-
-static void finish_synced(struct volume *volume)
-{
-	struct link *link = volume->syncs.next;
-
-	while (link != &volume->syncs) {
-		struct request *request = CONTAINER(link, struct request, in_sync);
-		link = link->next;
-		if (volume->engine->failed)
-			request->error = request->error ? request->error : EIO;
-		else if (request->sync_sequence > volume->synced_sequence)
-			continue;
-		list_remove(&request->in_sync);
-		request_finish(request);
-	}
-	if (!list_is_empty(&volume->syncs))
-		volume->engine->sync.wanted = true;
-}
-
-static void sync_done(struct mp_io *io)
-{
-	struct mp_engine *engine = io->context;
-	uint32_t i;
-
-	engine->ios_inflight--;
-	engine->sync.running = false;
-	if (io->result < 0)
-		engine_fail(engine, (int)-io->result, "a sync of the log failed");
-	for (i = 0; i < engine->volume_count; i++) {
-		struct volume *volume = engine->volumes[i];
-		if (!volume)
-			continue;
-		if (!engine->failed && volume->syncing_sequence > volume->synced_sequence) {
-			volume->synced_sequence = volume->syncing_sequence;
-			volume->synced_at_ns = engine->now_ns;
-		}
-		finish_synced(volume);
-		if (volume->tell_after_sync && volume->synced_sequence > volume->destaged_sequence) {
-			volume->tell_after_sync = false;
-			volume->dirty_ready_told = true;
-			engine_volume_event(volume, MP_EVENT_DIRTY_READY, 0, 0);
-		}
-	}
-}
-
-void log_want_sync(struct mp_engine *engine)
-{
-	engine->sync.wanted = true;
-}
-
-void log_sync_if_wanted(struct mp_engine *engine)
-{
-	uint32_t i;
-
-	if (!engine->sync.wanted || engine->sync.running || engine->failed)
-		return;
-	engine->sync.wanted = false;
-	engine->sync.running = true;
-	for (i = 0; i < engine->volume_count; i++)
-		if (engine->volumes[i])
-			engine->volumes[i]->syncing_sequence =
-				engine->volumes[i]->applied_sequence;
-	engine->counters.syncs++;
-	memset(&engine->sync.io, 0, sizeof engine->sync.io);
-	engine->sync.io.op = MP_OP_SYNC;
-	engine->sync.io.done = sync_done;
-	engine->sync.io.context = engine;
-	if (fault(engine, MP_FAULT_SKIP_SYNC)) {
-		engine->ios_inflight++;
-		sync_done(&engine->sync.io);
-		return;
-	}
-	engine_submit(engine, &engine->sync.io);
-}
-
-void log_wait_for_sync(struct volume *volume, struct request *request)
-{
-	request->sync_sequence = volume->applied_sequence;
-	if (volume->engine->failed)
-		request->error = request->error ? request->error : EIO;
-	if (volume->engine->failed || request->sync_sequence <= volume->synced_sequence) {
-		request_finish(request);
-		return;
-	}
-	list_append(&volume->syncs, &request->in_sync);
-	volume->engine->sync.wanted = true;
-}
-
-static bool wants_synced_record(const struct volume *volume)
-{
-	/* A failed volume's chain may be damaged at its head: nothing is written over that. */
-	return !volume->engine->failed && !volume->failed &&
-	       volume->synced_sequence > volume->logged_synced_sequence &&
-	       volume->synced_sequence > volume->destaged_sequence &&
-	       volume->appends_inflight == 0 && list_is_empty(&volume->ready);
-}
-
-/* When the next record that tells of a sync is due; UINT64_MAX: none. Writes those that are. */
-uint64_t log_next_timer_ns(const struct mp_engine *engine)
-{
-	uint64_t next = UINT64_MAX;
-	uint32_t i;
-
-	for (i = 0; i < engine->volume_count; i++) {
-		struct volume *volume = engine->volumes[i];
-		uint64_t due;
-
-		if (!volume || !wants_synced_record(volume))
-			continue;
-		due = volume->synced_at_ns + SYNCED_RECORD_DELAY_NS;
-		if (due > engine->now_ns)
-			next = due < next ? due : next;
-		else
-			log_synced_record(volume);
-	}
-	return next;
 }

@@ -128,7 +128,7 @@ static void slot_block_bad(struct read *read, uint32_t i)
 {
 	struct mp_engine *engine = read->volume->engine;
 
-	if (read->sources[i].restored)
+	if (read->sources[i].restored && !engine->was_clean)
 		engine->counters.slot_stale_after_restart++;
 	else
 		engine->counters.slot_checksum_errors++;

@@ -95,17 +95,20 @@ static int read_candidates(struct recovery *recovery)
 	return 0;
 }
 
+/* The segment of this chain with the lowest ordinal from ordinal on. */
 static uint32_t chain_segment(const struct mp_engine *engine, const struct volume *volume,
 			      uint64_t ordinal)
 {
-	uint32_t i;
+	uint32_t i, best = NO_SEGMENT;
 
-	for (i = 0; i < engine->segment_count; i++)
-		if (engine->segments[i].state == SEGMENT_CHAIN &&
-		    engine->segments[i].number == volume->number &&
-		    engine->segments[i].ordinal == ordinal)
-			return i;
-	return NO_SEGMENT;
+	for (i = 0; i < engine->segment_count; i++) {
+		const struct segment *segment = &engine->segments[i];
+		if (segment->state == SEGMENT_CHAIN && segment->number == volume->number &&
+		    segment->ordinal >= ordinal &&
+		    (best == NO_SEGMENT || segment->ordinal < engine->segments[best].ordinal))
+			best = i;
+	}
+	return best;
 }
 
 /* Is this where the checkpoint says it is? The head may hold nothing yet. */
@@ -120,38 +123,36 @@ static bool is_sound(const struct recovery *recovery, const struct volume *volum
 	       memcmp(candidate->volume, volume->id, sizeof candidate->volume) == 0;
 }
 
-/* Link the segments of a chain from the checkpoint's table, tail to head. Segments that were taken but held nothing
- * applied yet lie behind the checkpoint's position: they are candidates like any free segment. False: damaged. */
+/* Link the segments of a chain from the checkpoint's table, tail to head; a rescue leaves gaps in
+ * the ordinals. Segments that were taken but held nothing applied yet lie behind the checkpoint's
+ * position: they are candidates like any free segment. False: damaged. */
 static bool link_chain(struct recovery *recovery, struct volume *volume)
 {
 	struct mp_engine *engine = recovery->engine;
-	uint64_t ordinal = UINT64_MAX;
+	uint32_t at = chain_segment(engine, volume, 0);
 	bool sound = true;
-	uint32_t i, at;
 
-	for (i = 0; i < engine->segment_count; i++) {
-		struct segment *segment = &engine->segments[i];
-		if (segment->state != SEGMENT_CHAIN || segment->number != volume->number)
-			continue;
+	while (at != NO_SEGMENT) {
+		struct segment *segment = &engine->segments[at];
+		uint32_t next = chain_segment(engine, volume, segment->ordinal + 1);
+
 		if (segment->ordinal > volume->head_ordinal) {
 			segment->state = SEGMENT_FREE;
 			engine->segments_free++;
-		} else if (segment->ordinal < ordinal)
-			ordinal = segment->ordinal;
+		} else {
+			if (volume->head_segment == NO_SEGMENT)
+				volume->tail_segment = at;
+			else
+				engine->segments[volume->head_segment].next = at;
+			segment->next = NO_SEGMENT;
+			volume->head_segment = at;
+			sound &= is_sound(recovery, volume, at);
+		}
+		at = next;
 	}
-	for (; ordinal <= volume->head_ordinal; ordinal++) {
-		at = chain_segment(engine, volume, ordinal);
-		if (at == NO_SEGMENT)
-			return false;
-		if (volume->head_segment == NO_SEGMENT)
-			volume->tail_segment = at;
-		else
-			engine->segments[volume->head_segment].next = at;
-		engine->segments[at].next = NO_SEGMENT;
-		volume->head_segment = at;
-		sound &= is_sound(recovery, volume, at);
-	}
-	return sound;
+	/* No segment: all was destaged, and the head released as well. */
+	return volume->head_segment == NO_SEGMENT ||
+	       (sound && engine->segments[volume->head_segment].ordinal == volume->head_ordinal);
 }
 
 static bool incarnation_follows(const struct volume *volume, uint64_t incarnation)
@@ -410,6 +411,7 @@ static int seal_recovery(struct mp_engine *engine)
 		struct volume *volume = engine->volumes[i];
 		if (volume && !volume->failed) {
 			volume->synced_sequence = volume->applied_sequence;
+			volume->synced_position = log_applied_position(volume);
 			volume->synced_at_ns = engine->now_ns;
 		}
 	}

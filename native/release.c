@@ -348,7 +348,7 @@ void release_step(struct mp_engine *engine)
 	struct release *release = &engine->release;
 
 	if (!release->volume) {
-		if (engine->stopping || !release_wanted(engine))
+		if (engine->stopping || engine->rescue.stage || !release_wanted(engine))
 			return;
 		release->volume = choose(engine);
 		if (!release->volume)

@@ -35,9 +35,8 @@ RECORD = VolumeRecord(
     name=VOLUME, id=US.hex(), size_bytes=SIZE_BYTES, epoch=4, lineage=9, applied_sequence=20
 )
 NUMBERS = dict.fromkeys(VolumeStatus.__slots__, 0)
-KNOWN = VolumeStatus(
-    **{**NUMBERS, "id": US, "epoch": 4, "destaged_sequence": 20, "last_sequence": 20}  # type: ignore[arg-type]
-)
+NUMBERS |= {"epoch": 4, "destaged_sequence": 20, "last_sequence": 20}
+KNOWN = VolumeStatus(**{**NUMBERS, "id": US})  # type: ignore[arg-type]  # all but the id are int
 
 
 def test_same_epoch_and_position_keeps_them() -> None:
@@ -94,9 +93,12 @@ async def read_and_saved(world: World, reader: Cache) -> None:
     """The reader's guest has read it all and gone; the slots are in a checkpoint."""
     guest = await reader.guest()
     assert await guest.read(0, MIB) == OLD
-    before = reader.daemon.engine.counters()["checkpoints"]
+    counters = reader.daemon.engine.counters
+    await until(lambda: counters()["slots_used"] == MIB // limits.SLOT_BYTES, "slots filled")
+    await asyncio.sleep(0.05)  # counters are published every few milliseconds
+    before = counters()["checkpoints"]
     guest.close()
-    await until(lambda: reader.daemon.engine.counters()["checkpoints"] > before, "slots saved")
+    await until(lambda: counters()["checkpoints"] > before, "slots saved")
 
 
 async def crashed(world: World, cache: Cache) -> None:

@@ -21,7 +21,7 @@ from millpond.cache import positions
 from millpond.cache.errors import VolumeRefused
 from millpond.cache.replicas import VolumeRecord
 from millpond.native import ffi, lib, record
-from millpond.native.drivers import SimOptions
+from millpond.native.drivers import Op, SimOptions
 from millpond.native.engine import (
     Batch,
     DirtyClear,
@@ -68,6 +68,8 @@ class Settings:
     cut_both: bool = False  # the other machine falls with it
     cut_again_after: int = 0  # of the next life of what fell
     requests_after_cut: int = 10
+    fail_op: Op | None = None  # the cache's disk fails the fail_io'th of these, in its first life
+    fail_io: int = 0
     engine_faults: int = 0
     store_faults: int = 0
 
@@ -169,6 +171,8 @@ class World:
                 reorder=settings.reorder,
                 latency_ns=20_000,
                 crash_after_io=crash_after_io,
+                fail_op=settings.fail_op,
+                fail_io=settings.fail_io if name == "cache" and self.falls == 0 else 0,
             )
         )
 

@@ -1,5 +1,6 @@
 """The `millpond` command line as a torture uses it: one call, its output, its one-line errors."""
 
+import asyncio
 import json
 import select
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from millpondprocess import command_line, environment
+
+from millpond.cache import control
 
 COMMAND_TIMEOUT_S = 120.0
 DRAIN_TIMEOUT_S = 180.0
@@ -56,6 +59,11 @@ def refused(*arguments: str | Path) -> str:
 
 
 def status(directory: Path) -> dict[str, Any]:
+    """What `millpond status --json` prints of an `up`, without a process for it."""
+    return asyncio.run(control.call(str(directory / "control.sock"), "status", timeout_s=60))
+
+
+def printed_status(directory: Path) -> dict[str, Any]:
     """`millpond status --json` of an `up`."""
     done = millpond("status", "--dir", directory, "--json")
     assert done.code == 0, done.errors

@@ -18,7 +18,7 @@ import pytest
 from millpondprocess import Millpond
 from nbdclient import ConnectionLost
 from torture.amounts import amount, seed_for
-from torture.commands import disk_of, export, status, wait_drained
+from torture.commands import disk_of, export, printed_status, wait_drained
 from torture.stamping import MIB, Stamper, Totals
 
 SIZE_BYTES = 96 * MIB
@@ -78,7 +78,7 @@ def kill(millpond: Millpond, stampers: list[Stamper]) -> None:
 
 def check_status(directory: Path) -> None:
     """No checksum error anywhere, nothing has failed, nothing is late."""
-    answer = status(directory)
+    answer = printed_status(directory)
     assert not any(answer["checksum_errors"].values()), answer["checksum_errors"]
     disk = disk_of(answer)
     assert disk["state"] in ("open", "closed") and not disk["problem"], disk
