@@ -1,15 +1,19 @@
 /* recovery.c - from what a crash left on the device to a state that may serve.
  *
- * Order: newest valid superblock -> its checkpoint (volumes, segment table, tombstones, index, slots) -> first record of every
- * segment that the checkpoint does not know in a chain -> each chain is followed from its position in the checkpoint,
- * record by record, data verified, index and slots brought up to date -> one sync, so that what was found is durable
- * before it is built upon -> a new incarnation in the superblock, synced, before anything is appended.
+ * Order: newest valid superblock -> its checkpoint (volumes, segment table, tombstones, index,
+ * slots) -> first record of every segment that the checkpoint does not know in a chain -> each
+ * chain is followed from its position in the checkpoint, record by record, data verified, index and
+ * slots brought up to date -> one sync, so that what was found is durable before it is built upon
+ * -> a new incarnation in the superblock, synced, before anything is appended.
  *
- * A chain ends at the first record that does not verify or does not follow. When anything behind it proves that the chain
- * had been synced beyond that point, it is not an end but corruption: the volume fails, nothing of it is changed.
+ * A chain ends at the first record that does not verify or does not follow. When anything behind it
+ * proves that the chain had been synced beyond that point, it is not an end but corruption: the
+ * volume fails, nothing of it is changed.
  *
- * What a crash during recovery leaves: nothing was written before the superblock; that write goes to the older copy.
- * Failure modes: no valid superblock, an unknown version or feature, a checkpoint that does not verify: one line, no start.
+ * What a crash during recovery leaves: nothing was written before the superblock; that write goes
+ * to the older copy.
+ * Failure modes: no valid superblock, an unknown version or feature, a checkpoint that does not
+ * verify: one line, no start.
  */
 #include <stdio.h>
 
@@ -64,7 +68,8 @@ static int read_candidates(struct recovery *recovery)
 		const struct mp_record *record;
 		int64_t length, rc;
 
-		/* The longest header is 64 KiB; its first block tells whether more is worth reading. */
+		/* The longest header is 64 KiB; its first block tells whether more is worth
+		 * reading. */
 		rc = mp_driver_read(engine->driver, 0, segment_offset_bytes(engine, i),
 				    recovery->memory, MP_BLOCK_BYTES);
 		record = (const struct mp_record *)(const void *)recovery->memory;
@@ -73,7 +78,8 @@ static int read_candidates(struct recovery *recovery)
 			rc = mp_driver_read(engine->driver, 0, segment_offset_bytes(engine, i),
 					    recovery->memory, 65536);
 		if (rc < 0)
-			return (int)rc; /* a chain may go on there: to take it for ended could drop writes */
+			/* a chain may go on there: to take it for ended could drop writes */
+			return (int)rc;
 		record = record_at(engine, recovery->memory, 0, &length);
 		if (!record)
 			continue;
@@ -85,7 +91,8 @@ static int read_candidates(struct recovery *recovery)
 		candidate->valid = true;
 		if (record->incarnation >> 32 > engine->super.incarnation >> 32)
 			return complain(recovery, -EBADMSG,
-					"the log is newer than the superblock: the newest superblock "
+					"the log is newer than the superblock: the newest "
+					"superblock "
 					"is damaged; nothing was changed");
 		if (engine->segments[i].state == SEGMENT_CHAIN)
 			engine->segments[i].first_sequence =
@@ -287,8 +294,8 @@ static void adopt(struct volume *volume, uint32_t segment)
 	volume->head_offset_bytes = 0;
 }
 
-/* Does anything behind the end prove that the chain was synced further than it goes? Records behind the end count
- * only with a valid header of this volume; stale ones tell of lower sequences. */
+/* Does anything behind the end prove that the chain was synced further than it goes? Records behind
+ * the end count only with a valid header of this volume; stale ones tell of lower sequences. */
 static bool synced_beyond(const struct recovery *recovery, const struct volume *volume,
 			  bool memory_is_head)
 {
@@ -329,7 +336,8 @@ static void preserve(const struct recovery *recovery, const struct volume *volum
 		if (candidate->valid && engine->segments[i].state == SEGMENT_FREE &&
 		    memcmp(candidate->volume, volume->id, sizeof candidate->volume) == 0) {
 			engine->segments[i].state = SEGMENT_WAITING;
-			engine->segments[i].released_serial = UINT64_MAX; /* no checkpoint frees it */
+			/* no checkpoint frees it */
+			engine->segments[i].released_serial = UINT64_MAX;
 			engine->segments_free--;
 		}
 	}
@@ -399,7 +407,8 @@ static int follow_chains(struct recovery *recovery)
 	return rc;
 }
 
-/* What was found must be durable before anything builds on it; then a new incarnation, before the first append. */
+/* What was found must be durable before anything builds on it; then a new incarnation, before the
+ * first append. */
 static int seal_recovery(struct mp_engine *engine)
 {
 	struct mp_cache_super super = engine->super;
