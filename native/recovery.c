@@ -198,15 +198,16 @@ static void replay(struct volume *volume, const struct mp_record *record, uint64
 	uint32_t address = (uint32_t)((segment_offset_bytes(engine, segment) +
 				       record->segment_offset_bytes + record->header_length_bytes) /
 				      MP_BLOCK_BYTES);
-	uint32_t i;
+	uint32_t origin = volume->origin, i;
 
+	if (fault(engine, MP_FAULT_KEEP_STALE_SLOTS))
+		volume->origin = 0; /* nobody's: the slots of this volume stay as they are */
 	for (i = 0; i < record->extent_count; i++) {
-		if (!fault(engine, MP_FAULT_KEEP_STALE_SLOTS) ||
-		    record->last_sequence > volume->destaged_sequence)
-			log_index_extent(volume, &table[i], address);
+		log_index_extent(volume, &table[i], address);
 		needs_add(&engine->ledger.since, needs_of_extent(&table[i]));
 		address += table[i].stored_length_bytes / MP_BLOCK_BYTES;
 	}
+	volume->origin = origin;
 	if (record->type == MP_RECORD_LOG)
 		volume->last_sequence = volume->applied_sequence = record->last_sequence;
 	volume->epoch = record->epoch > volume->epoch ? record->epoch : volume->epoch;

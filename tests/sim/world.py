@@ -43,7 +43,7 @@ from millpond.store.wire import Frame
 from sim.guest import Guest, read_image
 from sim.history import BLOCK, KIB, Shape, make_history
 from sim.nodes import CACHE_ID, MIB, CacheNode, StoreNode, WorldEnded
-from sim.oracle import Disk, Illegal, is_acknowledged, is_durable
+from sim.oracle import Disk, Illegal, always, is_acknowledged, is_durable
 
 T = TypeVar("T")
 VOLUME = b"volume of a test"
@@ -68,6 +68,7 @@ class Settings:
     cut_both: bool = False  # the other machine falls with it
     cut_again_after: int = 0  # of the next life of what fell
     requests_after_cut: int = 10
+    checkpoint_bytes: int = 2 * MIB  # of log, between the cache's checkpoints
     fail_op: Op | None = None  # the cache's disk fails the fail_io'th of these, in its first life
     fail_io: int = 0
     engine_faults: int = 0
@@ -126,7 +127,10 @@ class World:
         )
         self.guest.acknowledged = self._check_dirty_on_record
         self.cache = CacheNode(
-            EngineOptions(checkpoint_every_bytes=2 * MIB, test_faults=settings.engine_faults)
+            EngineOptions(
+                checkpoint_every_bytes=settings.checkpoint_bytes,
+                test_faults=settings.engine_faults,
+            )
         )
         self.store = StoreNode(
             StoreOptions(
@@ -214,6 +218,9 @@ class World:
             raise Illegal("requests hang")
         self.drain()
         self.check_image()
+        socket = self._socket()
+        image = read_image(self.cache.sim, socket, len(self.disk.blocks) * BLOCK, self.turn)
+        self.disk.explain(image, required=always)
 
     def drain(self) -> None:
         """Destage everything."""
@@ -388,13 +395,18 @@ class World:
         raise Illegal("the engine does not open the volume")
 
     def _connect_guest(self, sequence: int) -> None:
-        socket = self.cache.sim.socket()
-        self.cache.engine.connect(VOLUME, socket, read_only=False, received=b"", cookie=self.falls)
+        socket = self._socket()
         blocks = self.settings.shape.blocks
         if self.disk.mutations:
             image = read_image(self.cache.sim, socket, blocks * BLOCK, self.turn)
             self.disk.recovered(image, sequence, self._promised)
         self.guest.attach(self.cache.sim, socket)
+
+    def _socket(self) -> int:
+        """A new connection to the volume."""
+        socket = self.cache.sim.socket()
+        self.cache.engine.connect(VOLUME, socket, read_only=False, received=b"", cookie=self.falls)
+        return socket
 
     def known(self) -> VolumeStatus | None:
         """What the device remembers of the volume."""
