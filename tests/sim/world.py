@@ -43,7 +43,7 @@ from millpond.store.wire import Frame
 from sim.guest import Guest, read_image
 from sim.history import BLOCK, KIB, Shape, make_history
 from sim.nodes import CACHE_ID, MIB, CacheNode, StoreNode, WorldEnded
-from sim.oracle import Disk, Illegal, is_acknowledged, is_durable
+from sim.oracle import Disk, Illegal, always, is_acknowledged, is_durable
 
 T = TypeVar("T")
 VOLUME = b"volume of a test"
@@ -218,6 +218,9 @@ class World:
             raise Illegal("requests hang")
         self.drain()
         self.check_image()
+        socket = self._socket()
+        image = read_image(self.cache.sim, socket, len(self.disk.blocks) * BLOCK, self.turn)
+        self.disk.explain(image, required=always)
 
     def drain(self) -> None:
         """Destage everything."""
@@ -392,13 +395,18 @@ class World:
         raise Illegal("the engine does not open the volume")
 
     def _connect_guest(self, sequence: int) -> None:
-        socket = self.cache.sim.socket()
-        self.cache.engine.connect(VOLUME, socket, read_only=False, received=b"", cookie=self.falls)
+        socket = self._socket()
         blocks = self.settings.shape.blocks
         if self.disk.mutations:
             image = read_image(self.cache.sim, socket, blocks * BLOCK, self.turn)
             self.disk.recovered(image, sequence, self._promised)
         self.guest.attach(self.cache.sim, socket)
+
+    def _socket(self) -> int:
+        """A new connection to the volume."""
+        socket = self.cache.sim.socket()
+        self.cache.engine.connect(VOLUME, socket, read_only=False, received=b"", cookie=self.falls)
+        return socket
 
     def known(self) -> VolumeStatus | None:
         """What the device remembers of the volume."""
