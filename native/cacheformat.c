@@ -87,9 +87,16 @@ int super_load(struct mp_driver *driver, struct mp_cache_super *out, uint32_t *c
 	if (!block)
 		return -ENOMEM;
 	for (i = 0; i < 2; i++) {
-		if (mp_driver_read(driver, 0, i * (uint64_t)SUPER_COPY_BYTES, block,
-				   sizeof *block) < 0 ||
-		    block->magic != MP_CACHE_SUPER_MAGIC ||
+		int64_t rc = mp_driver_read(driver, 0, i * (uint64_t)SUPER_COPY_BYTES, block,
+					    sizeof *block);
+
+		if (rc < 0) { /* it may be the newer one, and the log goes by that */
+			snprintf(message, message_bytes, "a superblock cannot be read: %s",
+				 strerror((int)-rc));
+			free(block);
+			return (int)rc;
+		}
+		if (block->magic != MP_CACHE_SUPER_MAGIC ||
 		    block->checksum !=
 			    mp_xxh3(&block->version, sizeof *block - offsetof(struct mp_cache_super,
 									      version)))

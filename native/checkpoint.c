@@ -126,6 +126,8 @@ static bool begin(struct mp_engine *engine)
 	checkpoint->slot_changes = checkpoint->slot_bytes = 0;
 	checkpoint->began_ns = engine->now_ns;
 	checkpoint->clean = engine->stopping;
+	checkpoint->zeros = 0;
+	ledger_checkpoint_begins(engine);
 	checkpoint->cursor = 0;
 	checkpoint->filled_bytes = 0;
 	checkpoint->offset_bytes = MP_BLOCK_BYTES; /* the header comes last, in front */
@@ -174,6 +176,7 @@ static void completed(struct mp_engine *engine)
 	engine->counters.checkpoints++;
 	engine->counters.checkpoint_bytes += checkpoint->offset_bytes;
 	checkpoint->completed_serial = checkpoint->serial;
+	ledger_checkpoint_ends(engine);
 	free_waiting(engine);
 	end(engine);
 }
@@ -300,6 +303,7 @@ static bool fill_index(struct mp_engine *engine)
 		memcpy(checkpoint->buffer + checkpoint->filled_bytes, &entry, sizeof entry);
 		checkpoint->filled_bytes += sizeof entry;
 		checkpoint->header.index_count++;
+		checkpoint->zeros += entry.address == 0;
 	}
 	return true;
 }

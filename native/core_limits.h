@@ -17,6 +17,7 @@ enum {
 	APPENDS_MAX = 8,                     /* log records in flight per volume */
 	APPEND_EXTENTS_MAX = 480,            /* extents per log record: header stays below 64 KiB */
 	APPEND_BYTES_MAX = 1024 * 1024,      /* payload per log record; far below a segment */
+	APPEND_ZEROS_MAX = 512,              /* zero blocks in short runs per log record; see ledger.c */
 	APPEND_IOVECS_MAX = 500,             /* below MP_IOV_MAX */
 	SEGMENT_BYTES_MIN = 1536 * 1024,     /* of the log; MP_CACHE_SEGMENT_BYTES is usual, and most */
 	RANGE_BLOCKS_MIN = 9,                /* trims from this many blocks on are tombstones */
@@ -33,6 +34,9 @@ enum {
 	EVENTS_MAX = 65536,
 	REPLY_IOVECS = 256,                  /* per sendmsg */
 };
+
+/* An index key has 40 bits of block. */
+#define VOLUME_BYTES_MAX ((1ULL << 40) * MP_BLOCK_BYTES)
 
 /* Quiet time after a sync before a record tells recovery about it; see log.c. */
 #define SYNCED_RECORD_DELAY_NS 50000000ULL

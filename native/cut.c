@@ -128,6 +128,19 @@ static bool cut_locate(struct volume *volume)
 	return true;
 }
 
+static void nothing_to_ship(struct mp_engine *engine)
+{
+	struct volume *volume = engine->cut.volume;
+
+	/* When there is something to sync, the sync's end says MP_EVENT_DIRTY_READY. */
+	volume->dirty_ready_told = volume->applied_sequence > volume->synced_sequence;
+	if (volume->dirty_ready_told) {
+		log_want_sync(engine);
+		volume->tell_after_sync = true;
+	}
+	cut_finish(engine, -ENODATA);
+}
+
 static void scan_done(struct mp_io *io);
 
 static void begin(struct mp_engine *engine)
@@ -135,6 +148,10 @@ static void begin(struct mp_engine *engine)
 	struct cut *cut = &engine->cut;
 	struct volume *volume = cut->volume;
 
+	if (volume->destaged_sequence >= shippable_sequence(volume)) {
+		nothing_to_ship(engine);
+		return;
+	}
 	if (!cut_locate(volume)) {
 		cut_corrupt(engine); /* undestaged sequences, and no chain that holds them */
 		return;
@@ -143,6 +160,8 @@ static void begin(struct mp_engine *engine)
 	cut->next_sequence = volume->cut_sequence;
 	cut->begin_offset_bytes = UINT64_MAX;
 	cut->raw_bytes = 0;
+	cut->limit_sequence = shippable_sequence(volume);
+	cut->destaged_sequence = volume->destaged_sequence;
 	cut->first_sequence = volume->destaged_sequence + 1;
 	scan_start(engine, &cut->scan, volume->cut_segment, cut->parse_offset_bytes, scan_done);
 }
@@ -153,11 +172,11 @@ static bool take_record(struct mp_engine *engine, const struct mp_record *record
 	struct cut *cut = &engine->cut;
 	struct volume *volume = cut->volume;
 
-	if (record->type == MP_RECORD_SYNCED || record->last_sequence <= volume->destaged_sequence) {
+	if (record->type == MP_RECORD_SYNCED || record->last_sequence <= cut->destaged_sequence) {
 		cut->next_sequence = record->last_sequence + 1;
 		return true;
 	}
-	if (record->last_sequence > shippable_sequence(volume))
+	if (record->last_sequence > cut->limit_sequence)
 		return false;
 	if (cut->raw_bytes && (cut->raw_bytes + length > volume->cut_max_bytes ||
 			       record->lineage != cut->lineage))
@@ -180,7 +199,7 @@ static bool segment_ends(const struct mp_engine *engine)
 
 	return next != NO_SEGMENT &&
 	       engine->segments[next].first_sequence == cut->next_sequence &&
-	       cut->next_sequence > cut->volume->destaged_sequence;
+	       cut->next_sequence > cut->destaged_sequence;
 }
 
 static void parse(struct mp_engine *engine)
@@ -188,7 +207,7 @@ static void parse(struct mp_engine *engine)
 	struct cut *cut = &engine->cut;
 	struct volume *volume = cut->volume;
 
-	while (cut->next_sequence <= shippable_sequence(volume) && !segment_ends(engine)) {
+	while (cut->next_sequence <= cut->limit_sequence && !segment_ends(engine)) {
 		const struct mp_record *record =
 			(const struct mp_record *)(const void *)(cut->scan.memory +
 								 cut->parse_offset_bytes);
@@ -242,17 +261,7 @@ static void start(struct volume *volume)
 		cut_finish(engine, -EIO);
 		return;
 	}
-	if (volume->destaged_sequence < shippable_sequence(volume)) {
-		begin(engine);
-		return;
-	}
-	/* When there is something to sync, the sync's end says MP_EVENT_DIRTY_READY. */
-	volume->dirty_ready_told = volume->applied_sequence > volume->synced_sequence;
-	if (volume->dirty_ready_told) {
-		log_want_sync(engine);
-		volume->tell_after_sync = true;
-	}
-	cut_finish(engine, -ENODATA);
+	begin(engine);
 }
 
 void cut_step(struct mp_engine *engine)

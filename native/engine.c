@@ -124,9 +124,11 @@ struct volume *volume_new(struct mp_engine *engine, const uint8_t *id, uint32_t 
 	list_init(&volume->appends);
 	list_init(&volume->held);
 	list_init(&volume->syncs);
+	pthread_mutex_lock(&engine->mutex);
 	engine->volumes[number] = volume;
 	if (number >= engine->volume_count)
 		engine->volume_count = number + 1;
+	pthread_mutex_unlock(&engine->mutex);
 	return volume;
 }
 
@@ -134,7 +136,10 @@ void volume_free(struct volume *volume)
 {
 	if (!volume)
 		return;
+	/* The control plane looks for batches under the mutex: after this it finds none here. */
+	pthread_mutex_lock(&volume->engine->mutex);
 	volume->engine->volumes[volume->number] = NULL;
+	pthread_mutex_unlock(&volume->engine->mutex);
 	free(volume->tombstones.items);
 	free(volume->batch);
 	free(volume);
@@ -146,8 +151,9 @@ bool volume_is_idle(const struct volume *volume)
 
 	return volume->connections == 0 && list_is_empty(&volume->mutations) &&
 	       list_is_empty(&volume->held) && volume->appends_inflight == 0 &&
-	       engine->fills_inflight == 0 && engine->fetch_count == 0 &&
-	       engine->release.volume != volume && engine->cut.volume != volume;
+	       volume->fills_inflight == 0 && volume->fetch_count == 0 &&
+	       engine->release.volume != volume && engine->cut.volume != volume &&
+	       !volume->cut_queued;
 }
 
 /* Forget what the log holds of an idle volume; its slots too when its origin changes. */
@@ -173,7 +179,9 @@ static void volume_purge(struct volume *volume)
 	volume->tombstones.count = 0;
 	volume->tail_segment = volume->head_segment = volume->cut_segment = NO_SEGMENT;
 	volume->release_generation++;
+	pthread_mutex_lock(&engine->mutex);
 	cut_reset(volume);
+	pthread_mutex_unlock(&engine->mutex);
 	volume->age_count = 0;
 }
 
@@ -246,6 +254,8 @@ static int open_volume(struct mp_engine *engine, const struct command *command)
 	uint64_t at = command->sequence;
 	bool dirty, same;
 
+	if (command->size_bytes > VOLUME_BYTES_MAX)
+		return -EFBIG;
 	if (!volume) {
 		volume = volume_create(engine, command->volume);
 		if (!volume)
@@ -558,7 +568,8 @@ static bool background_pending(const struct mp_engine *engine)
 
 static int64_t wait_ns(const struct mp_engine *engine, int64_t timeout_ns, uint64_t timer_ns)
 {
-	if (background_pending(engine) || engine->commands || engine->stopped)
+	if (background_pending(engine) || engine->commands || engine->stopped ||
+	    (engine->paused && engine->resume_wanted))
 		return 0;
 	if (engine->counters.inflight_requests &&
 	    engine->now_ns - engine->active_ns < engine->options.poll_ns)
@@ -647,6 +658,7 @@ static int allocate(struct mp_engine *engine)
 	    !engine->release.scan.memory || !engine->checkpoint.buffer || !engine->buffers ||
 	    !engine->slots || index_init(&engine->index, blocks))
 		return -ENOMEM;
+	engine->zeros_max = index_zeros_limit(&engine->index, blocks);
 	for (i = 0; i < segments; i++)
 		engine->segments[i].next = NO_SEGMENT;
 	engine->counters.segments_total = segments;

@@ -38,13 +38,15 @@ struct index {
 	struct index_slot *slots;
 	uint64_t capacity;    /* a power of two */
 	uint64_t used, deleted;
+	uint64_t zeros;       /* of used: with address 0; they take no room in the log */
 	uint64_t rebuilds;    /* cursors over the table start again when this changes */
 };
 int index_init(struct index *index, uint64_t entries_max);
 void index_free(struct index *index);
 struct index_slot *index_find(struct index *index, uint32_t number, uint64_t block);
-/* Insert or replace. The caller keeps used below index_limit. */
-struct index_slot *index_put(struct index *index, uint32_t number, uint64_t block);
+/* Insert or replace. The caller keeps zeros below index_zeros_limit; the log bounds the others. */
+struct index_slot *index_put(struct index *index, uint32_t number, uint64_t block, uint32_t address);
+uint64_t index_zeros_limit(const struct index *index, uint64_t log_blocks);
 void index_delete(struct index *index, struct index_slot *slot);
 uint64_t index_limit(const struct index *index);
 void index_rebuild(struct index *index); /* drop the marks of the deleted; not while a checkpoint walks */
@@ -96,6 +98,9 @@ struct connection;
 struct request;
 struct read;
 
+/* What log records put into memory without taking as much log (ledger.c). */
+struct needs { uint64_t zeros, ranges; };
+
 /* ---- mutations ---- */
 
 enum mutation_kind { MUTATION_DATA, MUTATION_TRIM, MUTATION_ZERO };
@@ -125,6 +130,7 @@ struct append {
 	struct mp_io io;
 	struct iovec iov[APPEND_IOVECS_MAX];
 	struct link mutations;
+	struct needs needs;
 	uint8_t *header;
 	uint64_t header_bytes, header_capacity_bytes, payload_bytes;
 	uint64_t first_sequence, last_sequence;
@@ -258,7 +264,7 @@ struct volume {
 	bool open_pending;            /* MP_EVENT_OPENED waits for a checkpoint */
 	uint64_t open_cookie, open_serial;
 	int error;
-	uint32_t connections;
+	uint32_t connections, fetch_count, fills_inflight;
 	/* destage */
 	uint32_t cut_segment;
 	uint64_t cut_offset_bytes, cut_sequence; /* where the record with this first sequence starts */
@@ -274,6 +280,12 @@ struct volume {
 
 /* ---- background work ---- */
 
+/* What a recovery may find: the last checkpoint's, and what was appended since it began. */
+struct ledger {
+	struct needs saved, since;
+	struct needs inflight, since_running; /* not yet applied; since the running checkpoint began */
+};
+
 struct scan {                     /* reads a segment into memory; used by destage and by release */
 	struct mp_io io;
 	struct iovec iov;
@@ -286,6 +298,9 @@ struct cut {
 	struct scan scan;
 	struct volume *volume;        /* NULL: idle */
 	uint64_t parse_offset_bytes, next_sequence, raw_bytes;
+	/* As it was when the scan began: what was synced later may not be in its memory, and what is destaged meanwhile
+	 * must not be missing between older records of the batch. */
+	uint64_t limit_sequence, destaged_sequence;
 	uint64_t begin_offset_bytes, end_offset_bytes; /* of the records taken */
 	uint64_t first_sequence, last_sequence, lineage, epoch;
 	struct mp_io call;
@@ -297,7 +312,7 @@ struct cut {
 struct release {
 	struct scan scan;
 	struct volume *volume;        /* NULL: idle */
-	uint64_t parse_offset_bytes, next_sequence;
+	uint64_t parse_offset_bytes, next_sequence, end_sequence;
 	uint32_t extent;              /* next extent of the record at parse_offset_bytes */
 	uint64_t payload_offset_bytes;/* of its data */
 	uint32_t fills;
@@ -314,7 +329,7 @@ struct checkpoint {
 	uint64_t filled_bytes, flushing_bytes, offset_bytes; /* offset: where in the area buffer goes */
 	uint8_t *captured;            /* volumes, segment table, tombstones: of one instant */
 	uint64_t captured_bytes;
-	uint64_t cursor, index_rebuilds;
+	uint64_t cursor, index_rebuilds, zeros;
 	struct XXH3_state_s *hash;
 	struct mp_cache_checkpoint header;
 	struct mp_cache_super super;
@@ -367,6 +382,8 @@ struct mp_engine {
 	uint64_t slot_blocks;
 	struct index index;
 	uint64_t tombstone_count;     /* of all volumes */
+	uint64_t zeros_max;           /* index entries with address 0 */
+	struct ledger ledger;
 	struct mp_slots *slots;
 	struct mp_buffers *buffers;
 	struct volume *volumes[VOLUMES_MAX];
@@ -374,6 +391,7 @@ struct mp_engine {
 	uint32_t next_origin;
 	struct link connections;
 	uint32_t connection_count, paused;
+	bool resume_wanted;           /* a request ended: paused connections may go on */
 	struct link fetches;
 	uint64_t next_request_id;
 	uint32_t fetch_count, fills_inflight, ios_inflight;
@@ -381,7 +399,7 @@ struct mp_engine {
 	uint8_t *reply_bytes;         /* of the fetch stream: an incomplete frame */
 	uint64_t reply_length, reply_capacity;
 	struct cut cut;
-	uint32_t cut_turn;
+	uint32_t cut_turn, append_turn;
 	struct release release;
 	struct checkpoint checkpoint;
 	struct syncer sync;
@@ -473,6 +491,16 @@ void log_failed(struct mp_engine *engine, int error, const char *what);
 void log_synced(struct volume *volume); /* logsync.c */
 void rescue_step(struct mp_engine *engine);
 
+/* ledger.c */
+struct needs needs_of_extent(const struct mp_extent *extent);
+struct needs needs_of_mutation(const struct mutation *mutation);
+void needs_add(struct needs *sum, struct needs more);
+bool ledger_allows(struct mp_engine *engine, struct needs needs);
+void ledger_appended(struct mp_engine *engine, struct needs needs);
+void ledger_applied(struct mp_engine *engine, struct needs needs);
+void ledger_checkpoint_begins(struct mp_engine *engine);
+void ledger_checkpoint_ends(struct mp_engine *engine);
+
 /* sweep.c */
 void sweep_step(struct mp_engine *engine);
 void sweep_again(struct mp_engine *engine); /* tombstones may have become needless */
@@ -504,6 +532,7 @@ void checkpoint_note_fill(struct mp_engine *engine, uint64_t bytes);
 uint64_t checkpoint_due_ns(const struct mp_engine *engine);
 void checkpoint_fill_volume(const struct volume *volume, struct mp_cache_volume *out);
 int super_write(struct mp_driver *driver, struct mp_cache_super *super, uint32_t *copy); /* blocking */
+int checkpoint_load(struct mp_engine *engine, char *message, uint64_t message_bytes);
 int recovery_run(struct mp_engine *engine, char *message, uint64_t message_bytes);
 int super_load(struct mp_driver *driver, struct mp_cache_super *out, uint32_t *copy, char *message,
 	       uint64_t message_bytes);

@@ -20,7 +20,8 @@ static bool outgoing_reserve(struct mp_engine *engine, uint64_t bytes)
 
 	if (engine->outgoing_end + bytes <= engine->outgoing_capacity)
 		return true;
-	memmove(engine->outgoing, engine->outgoing + engine->outgoing_begin, used);
+	if (used)
+		memmove(engine->outgoing, engine->outgoing + engine->outgoing_begin, used);
 	engine->outgoing_begin = 0;
 	engine->outgoing_end = used;
 	if (used + bytes <= engine->outgoing_capacity)
@@ -83,6 +84,7 @@ void fetch_start(struct read *read, uint32_t first, uint32_t count)
 		read->pending++;
 		list_append(&engine->fetches, &fetch->in_queue);
 		engine->fetch_count++;
+		read->volume->fetch_count++;
 		engine->counters.fetches++;
 		fetch_send(engine, fetch);
 		first += run;
@@ -96,6 +98,7 @@ static void fetch_end(struct mp_engine *engine, struct fetch *fetch, int error)
 
 	list_remove(&fetch->in_queue);
 	engine->fetch_count--;
+	read->volume->fetch_count--;
 	free(fetch);
 	if (error)
 		read->error = error;
@@ -129,6 +132,7 @@ static void fill_done(struct mp_io *io)
 
 	engine->ios_inflight--;
 	engine->fills_inflight--;
+	volume->fills_inflight--;
 	if (io->result < 0)
 		engine->counters.device_errors++;
 	for (i = 0; io->result >= 0 && i < fill->count; i++) {
@@ -160,6 +164,7 @@ static void fill_submit(struct mp_engine *engine, struct fill *fill)
 	fill->io.context = fill;
 	fill->read->fills++;
 	engine->fills_inflight++;
+	fill->read->volume->fills_inflight++;
 	engine->counters.slot_writes++;
 	engine->counters.slot_bytes_written += fill->iov.iov_len;
 	engine_submit(engine, &fill->io);

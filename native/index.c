@@ -2,8 +2,8 @@
  *
  * Happy path: find and put are one or two cache lines. Deleting leaves a mark, so that a checkpoint may walk
  * the table while it changes; index_rebuild clears the marks when they pile up.
- * Failure modes: the table cannot overflow, because the log cannot hold more blocks than it was sized for
- * and the caller treats index_limit as "log full".
+ * Failure modes: the table cannot overflow, because the log cannot hold more blocks than it was sized for, and the caller
+ * keeps blocks of zeroes, which take no log, below index_zeros_limit (ledger.c).
  */
 #include "engine_internal.h"
 
@@ -55,7 +55,13 @@ void index_free(struct index *index)
 
 uint64_t index_limit(const struct index *index)
 {
-	return index->capacity / 16 * 13;
+	return index->capacity / 16 * 15;
+}
+
+/* At most one entry per block of the log has an address; what is left below index_limit is for the others. */
+uint64_t index_zeros_limit(const struct index *index, uint64_t log_blocks)
+{
+	return index->capacity / 16 * 14 - log_blocks;
 }
 
 struct index_slot *index_find(struct index *index, uint32_t number, uint64_t block)
@@ -72,15 +78,21 @@ struct index_slot *index_find(struct index *index, uint32_t number, uint64_t blo
 	}
 }
 
-struct index_slot *index_put(struct index *index, uint32_t number, uint64_t block)
+struct index_slot *index_put(struct index *index, uint32_t number, uint64_t block, uint32_t address)
 {
 	uint64_t key = make_key(number, block), at = mix(key) & (index->capacity - 1);
 	struct index_slot *reuse = NULL;
 
+	if (index->deleted && index->used + index->deleted >= index_limit(index))
+		index_rebuild(index);
 	for (;;) {
 		struct index_slot *slot = &index->slots[at];
-		if (slot->key == key)
+		if (slot->key == key) {
+			index->zeros -= slot->address == 0;
+			index->zeros += address == 0;
+			slot->address = address;
 			return slot;
+		}
 		if (slot->key == KEY_DELETED && !reuse)
 			reuse = slot;
 		if (slot->key == 0) {
@@ -94,7 +106,9 @@ struct index_slot *index_put(struct index *index, uint32_t number, uint64_t bloc
 	}
 	assert(index->used + index->deleted < index->capacity - 1);
 	index->used++;
+	index->zeros += address == 0;
 	reuse->key = key;
+	reuse->address = address;
 	return reuse;
 }
 
@@ -102,6 +116,7 @@ void index_delete(struct index *index, struct index_slot *slot)
 {
 	assert(index_is_live(slot));
 	slot->key = KEY_DELETED;
+	index->zeros -= slot->address == 0;
 	index->used--;
 	index->deleted++;
 }
@@ -116,12 +131,13 @@ void index_rebuild(struct index *index)
 		index->slots = old;
 		return;
 	}
-	index->used = index->deleted = 0;
+	index->used = index->deleted = index->zeros = 0;
 	index->rebuilds++;
 	for (i = 0; i < index->capacity; i++)
 		if (index_is_live(&old[i])) {
 			struct index_slot *slot =
-				index_put(index, index_number(&old[i]), index_block(&old[i]));
+				index_put(index, index_number(&old[i]), index_block(&old[i]),
+					  old[i].address);
 			*slot = old[i];
 		}
 	munmap(old, index->capacity * sizeof *old);

@@ -224,22 +224,30 @@ static void append_free(struct append *append)
 }
 
 /* How many of the ready mutations go into the next record; bounds on what they need, before building. */
-static uint32_t measure(const struct volume *volume, uint64_t *extents, uint64_t *bytes, bool *data)
+static uint32_t measure(const struct volume *volume, uint64_t *extents, uint64_t *bytes, bool *data,
+			struct needs *needs)
 {
+	/* A quarter, so that what blocks the next record is enough to make releases wanted. */
+	uint64_t zeros_max = volume->engine->zeros_max / 4;
 	const struct link *link;
 	uint32_t count = 0;
 
+	zeros_max = zeros_max < APPEND_ZEROS_MAX ? zeros_max : APPEND_ZEROS_MAX;
 	*extents = *bytes = 0;
+	*needs = (struct needs){0, 0};
 	*data = false;
 	for (link = volume->ready.next; link != &volume->ready; link = link->next) {
 		const struct mutation *mutation = CONTAINER(link, struct mutation, in_queue);
 		bool is_data = mutation->kind == MUTATION_DATA;
 		uint64_t more = is_data ? mutation->block_count : 1;
 		uint64_t payload = is_data ? mutation->block_count * MP_BLOCK_BYTES : 0;
+		struct needs its = needs_of_mutation(mutation);
 
 		if (count && (*extents + more > APPEND_EXTENTS_MAX ||
-			      *bytes + payload > APPEND_BYTES_MAX))
+			      *bytes + payload > APPEND_BYTES_MAX ||
+			      needs->zeros + its.zeros > zeros_max))
 			break;
+		needs_add(needs, its);
 		*extents += more;
 		*bytes += payload;
 		*data |= is_data;
@@ -264,13 +272,13 @@ static bool append_next(struct volume *volume)
 	uint32_t used = 0, count;
 	struct mp_extent *table;
 	struct append *append;
+	struct needs needs;
 	bool data;
 
-	count = measure(volume, &extents, &bytes, &data);
+	count = measure(volume, &extents, &bytes, &data, &needs);
 	table_bytes = MP_RECORD_HEADER_BYTES + extents * MP_EXTENT_BYTES + MP_BLOCK_BYTES;
 	volume->waiting_for_log = true;
-	if (engine->index.used + extents + APPEND_EXTENTS_MAX > index_limit(&engine->index) ||
-	    engine->tombstone_count + 2 * extents > TOMBSTONES_MAX ||
+	if (!ledger_allows(engine, needs) ||
 	    !log_make_room(volume, bytes + table_bytes, !data))
 		return false;
 	append = append_new(volume, extents);
@@ -291,6 +299,8 @@ static bool append_next(struct volume *volume)
 			ack_early(mutation);
 	}
 	append->last_sequence = volume->last_sequence;
+	append->needs = needs;
+	ledger_appended(engine, needs);
 	bytes = MP_RECORD_HEADER_BYTES + (uint64_t)used * MP_EXTENT_BYTES;
 	append->header_bytes = (bytes + MP_BLOCK_BYTES - 1) / MP_BLOCK_BYTES * MP_BLOCK_BYTES;
 	append_fill(append, used, MP_RECORD_LOG);
@@ -304,8 +314,11 @@ void log_append_ready(struct mp_engine *engine)
 
 	if (engine->failed || engine->rescue.stage)
 		return;
+	/* In turn: where log space is short, it is not always the same who gets it. */
+	engine->append_turn++;
 	for (i = 0; i < engine->volume_count; i++) {
-		struct volume *volume = engine->volumes[i];
+		uint32_t at = (engine->append_turn + i) % engine->volume_count;
+		struct volume *volume = engine->volumes[at];
 		while (volume && !list_is_empty(&volume->ready) &&
 		       volume->appends_inflight < APPENDS_MAX)
 			if (!append_next(volume))
@@ -343,10 +356,10 @@ static void note_age(struct volume *volume, uint64_t sequence)
 static void put_block(struct volume *volume, uint64_t block, uint64_t sequence, uint32_t address,
 		      uint64_t checksum)
 {
-	struct index_slot *slot = index_put(&volume->engine->index, volume->number, block);
+	struct index_slot *slot =
+		index_put(&volume->engine->index, volume->number, block, address);
 
 	slot->sequence = (uint32_t)sequence;
-	slot->address = address;
 	slot->checksum = checksum;
 }
 
@@ -418,6 +431,7 @@ void append_finish(struct append *append)
 	list_remove(&append->in_volume);
 	volume->appends_inflight--;
 	engine->segments[append->segment].pins--;
+	ledger_applied(engine, append->needs);
 	if (!engine->failed)
 		append_apply(append);
 	while (!list_is_empty(&append->mutations)) {

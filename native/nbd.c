@@ -53,6 +53,7 @@ static void request_free(struct request *request)
 	list_remove(&request->in_replies);
 	connection->inflight--;
 	connection->engine->counters.inflight_requests--;
+	connection->engine->resume_wanted = true;
 	free(request);
 }
 
@@ -686,8 +687,8 @@ static void send_replies(struct connection *connection)
 	}
 	while (connection->broken && !list_is_empty(&connection->replies))
 		request_free(CONTAINER(connection->replies.next, struct request, in_replies));
-	if (!connection->broken)
-		set_interest(connection, sent == -EAGAIN);
+	/* Broken too: a hang-up that is still watched is reported for ever. */
+	set_interest(connection, sent == -EAGAIN && !connection->broken);
 }
 
 static bool may_close(const struct connection *connection)
@@ -707,8 +708,10 @@ static void connection_close(struct connection *connection)
 	engine_volume_event(connection->volume, MP_EVENT_CONNECTION_CLOSED,
 			    connection->disconnected ? 1 : 0, connection->cookie);
 	connection->volume->connections--;
-	/* A guest went away: a good time to save what its reads brought in. */
-	engine->checkpoint.wanted |= engine->checkpoint.slot_changes > 0;
+	/* A guest went away: a good time to save what its reads brought in, while that is cheap. */
+	engine->checkpoint.wanted |=
+		engine->checkpoint.slot_changes > 0 &&
+		engine->super.checkpoint_length_bytes <= CHECKPOINT_CHEAP_BYTES;
 	engine->connection_count--;
 	engine->paused -= connection->paused;
 	list_remove(&connection->in_engine);
@@ -733,6 +736,7 @@ void connections_resume(struct mp_engine *engine)
 {
 	struct link *link = engine->connections.next;
 
+	engine->resume_wanted = false;
 	if (!engine->paused)
 		return;
 	while (link != &engine->connections) {

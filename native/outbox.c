@@ -31,7 +31,8 @@ int64_t mp_engine_take_fetch(struct mp_engine *engine, uint32_t replica, void *o
 	pthread_mutex_lock(&engine->mutex);
 	take = engine->outgoing_end - engine->outgoing_begin;
 	take = take < capacity_bytes ? take : capacity_bytes;
-	memcpy(out, engine->outgoing + engine->outgoing_begin, take);
+	if (take)
+		memcpy(out, engine->outgoing + engine->outgoing_begin, take);
 	engine->outgoing_begin += take;
 	if (engine->outgoing_begin == engine->outgoing_end)
 		engine->outgoing_begin = engine->outgoing_end = 0;

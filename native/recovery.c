@@ -11,11 +11,6 @@
  * What a crash during recovery leaves: nothing was written before the superblock; that write goes to the older copy.
  * Failure modes: no valid superblock, an unknown version or feature, a checkpoint that does not verify: one line, no start.
  */
-#include <xxhash.h>
-#if defined(__x86_64__) && __has_include(<xxh_x86dispatch.h>)
-#include <xxh_x86dispatch.h> /* see checksum.c */
-#endif
-
 #include <stdio.h>
 
 #include "engine_internal.h"
@@ -34,202 +29,10 @@ struct recovery {
 	uint64_t message_bytes;
 };
 
-/* ---- checkpoint ---- */
-
 static int complain(struct recovery *recovery, int error, const char *what)
 {
 	snprintf(recovery->message, recovery->message_bytes, "%s", what);
 	return error;
-}
-
-static int load_volumes(struct mp_engine *engine, const uint8_t *in, uint64_t count)
-{
-	uint64_t i;
-
-	for (i = 0; i < count; i++) {
-		struct mp_cache_volume state;
-		struct volume *volume;
-
-		memcpy(&state, in + i * sizeof state, sizeof state);
-		if (state.number >= VOLUMES_MAX || engine->volumes[state.number])
-			return -EPROTO;
-		volume = volume_new(engine, state.id, state.number);
-		if (!volume)
-			return -ENOMEM;
-		volume->origin = state.origin;
-		volume->size_bytes = state.size_bytes;
-		volume->epoch = state.epoch;
-		volume->lineage = state.lineage;
-		volume->destaged_sequence = state.destaged_sequence;
-		volume->last_sequence = volume->applied_sequence = state.last_sequence;
-		volume->synced_sequence = state.synced_sequence;
-		volume->head_ordinal = state.head_ordinal;
-		volume->head_offset_bytes = state.head_offset_bytes;
-		volume->head_checksum = state.head_checksum;
-		volume->head_incarnation = state.head_incarnation;
-		if (state.origin >= engine->next_origin)
-			engine->next_origin = state.origin + 1;
-	}
-	return 0;
-}
-
-static int load_segments(struct mp_engine *engine, const uint8_t *in, uint64_t count)
-{
-	uint64_t i;
-
-	if (count != engine->segment_count)
-		return -EPROTO;
-	for (i = 0; i < count; i++) {
-		struct mp_segment_entry entry;
-
-		memcpy(&entry, in + i * sizeof entry, sizeof entry);
-		if (entry.state == 0)
-			continue;
-		if (entry.number >= VOLUMES_MAX || !engine->volumes[entry.number])
-			return -EPROTO;
-		engine->segments[i].state = SEGMENT_CHAIN;
-		engine->segments[i].number = entry.number;
-		engine->segments[i].ordinal = entry.ordinal;
-		engine->segments_free--;
-	}
-	return 0;
-}
-
-static int load_tombstones(struct mp_engine *engine, const uint8_t *in, uint64_t count)
-{
-	uint64_t i;
-
-	for (i = 0; i < count; i++) {
-		struct mp_tombstone entry;
-		struct volume *volume;
-
-		memcpy(&entry, in + i * sizeof entry, sizeof entry);
-		volume = entry.number < VOLUMES_MAX ? engine->volumes[entry.number] : NULL;
-		if (!volume || !entry.block_count ||
-		    tombstones_put(&volume->tombstones, entry.first_block, entry.block_count,
-				   entry.sequence))
-			return -EPROTO;
-	}
-	return 0;
-}
-
-static int load_index(struct mp_engine *engine, const uint8_t *in, uint64_t count)
-{
-	uint64_t i;
-
-	if (count > index_limit(&engine->index))
-		return -EPROTO;
-	for (i = 0; i < count; i++) {
-		struct mp_index_entry entry;
-		struct index_slot *slot;
-		uint64_t place;
-
-		memcpy(&entry, in + i * sizeof entry, sizeof entry);
-		place = (uint64_t)entry.address * MP_BLOCK_BYTES;
-		if (entry.number >= VOLUMES_MAX || !engine->volumes[entry.number] ||
-		    entry.block >= 1ULL << 40 ||
-		    (place && (place < engine->super.log_offset_bytes ||
-			       place >= engine->super.slots_offset_bytes)))
-			return -EPROTO;
-		slot = index_put(&engine->index, entry.number, entry.block);
-		slot->sequence = (uint32_t)entry.sequence;
-		slot->checksum = entry.checksum;
-		slot->address = entry.address;
-	}
-	return 0;
-}
-
-/* Slots of a volume that was forgotten keep its origin: nobody may get that again while they last. */
-static void keep_origins_apart(struct mp_engine *engine, const uint8_t *in, uint64_t count)
-{
-	uint64_t i, bytes = mp_slots_entry_bytes(engine->slots);
-
-	for (i = 0; i < count; i++) {
-		struct mp_slot_entry entry;
-
-		memcpy(&entry, in + i * bytes, sizeof entry);
-		if (entry.valid && entry.key >> 40 >= engine->next_origin)
-			engine->next_origin = (uint32_t)(entry.key >> 40) + 1;
-	}
-}
-
-static int load_body(struct mp_engine *engine, const struct mp_cache_checkpoint *header,
-		     const uint8_t *body, uint64_t body_bytes)
-{
-	const uint8_t *in = body;
-	uint64_t need;
-	int rc;
-
-	if (header->volume_count > VOLUMES_MAX || header->tombstone_count > TOMBSTONES_MAX ||
-	    header->segment_count != engine->segment_count ||
-	    header->index_count > index_limit(&engine->index) ||
-	    header->slot_count != engine->super.slot_count ||
-	    header->slot_blocks != engine->slot_blocks)
-		return -EPROTO;
-	need = header->volume_count * sizeof(struct mp_cache_volume) +
-	       header->segment_count * sizeof(struct mp_segment_entry) +
-	       header->tombstone_count * sizeof(struct mp_tombstone) +
-	       header->index_count * sizeof(struct mp_index_entry) +
-	       header->slot_count * mp_slots_entry_bytes(engine->slots);
-	if (need > body_bytes)
-		return -EPROTO;
-	rc = load_volumes(engine, in, header->volume_count);
-	in += header->volume_count * sizeof(struct mp_cache_volume);
-	rc = rc ? rc : load_segments(engine, in, header->segment_count);
-	in += header->segment_count * sizeof(struct mp_segment_entry);
-	rc = rc ? rc : load_tombstones(engine, in, header->tombstone_count);
-	engine->tombstone_count = header->tombstone_count;
-	sweep_again(engine);
-	in += header->tombstone_count * sizeof(struct mp_tombstone);
-	rc = rc ? rc : load_index(engine, in, header->index_count);
-	in += header->index_count * sizeof(struct mp_index_entry);
-	if (rc)
-		return rc;
-	mp_slots_load(engine->slots, 0, header->slot_count, in);
-	keep_origins_apart(engine, in, header->slot_count);
-	return 0;
-}
-
-static int load_checkpoint(struct recovery *recovery)
-{
-	struct mp_engine *engine = recovery->engine;
-	const struct mp_cache_super *super = &engine->super;
-	uint64_t offset = super->checkpoint_offset_bytes[super->checkpoint_area];
-	uint64_t bytes = super->checkpoint_length_bytes, at;
-	struct mp_cache_checkpoint header;
-	uint8_t *memory;
-	int64_t rc = 0;
-
-	engine->was_clean = super->clean != 0;
-	if (super->checkpoint_generation == 0)
-		return 0;
-	if (bytes < MP_BLOCK_BYTES || bytes % MP_BLOCK_BYTES ||
-	    bytes > super->checkpoint_capacity_bytes)
-		return complain(recovery, -EPROTO, "the superblock names an impossible checkpoint");
-	memory = aligned_alloc(MP_BLOCK_BYTES, bytes);
-	if (!memory)
-		return complain(recovery, -ENOMEM, "no memory to load the checkpoint");
-	for (at = 0; at < bytes && rc >= 0; at += CHECKPOINT_STEP_BYTES) {
-		uint64_t step = bytes - at < CHECKPOINT_STEP_BYTES ? bytes - at
-								   : CHECKPOINT_STEP_BYTES;
-		rc = mp_driver_read(engine->driver, 0, offset + at, memory + at, step);
-	}
-	memcpy(&header, memory, sizeof header);
-	if (rc >= 0 && (header.magic != MP_CACHE_CHECKPOINT_MAGIC ||
-			header.generation != super->checkpoint_generation ||
-			header.checksum != mp_xxh3(&header.generation, sizeof header - 16) ||
-			super->checkpoint_checksum !=
-				XXH3_64bits(memory + MP_BLOCK_BYTES, bytes - MP_BLOCK_BYTES)))
-		rc = -EBADMSG;
-	if (rc >= 0)
-		rc = load_body(engine, &header, memory + MP_BLOCK_BYTES, bytes - MP_BLOCK_BYTES);
-	free(memory);
-	if (rc == -EBADMSG)
-		complain(recovery, 0, "the checkpoint does not verify: the device is damaged; "
-				      "nothing was changed");
-	else if (rc < 0)
-		complain(recovery, 0, "the checkpoint cannot be loaded; nothing was changed");
-	return rc < 0 ? (int)rc : 0;
 }
 
 /* ---- chains ---- */
@@ -269,10 +72,8 @@ static int read_candidates(struct recovery *recovery)
 		    record->header_length_bytes > MP_BLOCK_BYTES)
 			rc = mp_driver_read(engine->driver, 0, segment_offset_bytes(engine, i),
 					    recovery->memory, 65536);
-		if (rc == -ESHUTDOWN)
-			return (int)rc;
 		if (rc < 0)
-			continue; /* a chain that needs it will say so */
+			return (int)rc; /* a chain may go on there: to take it for ended could drop writes */
 		record = record_at(engine, recovery->memory, 0, &length);
 		if (!record)
 			continue;
@@ -282,6 +83,10 @@ static int read_candidates(struct recovery *recovery)
 		candidate->incarnation = record->incarnation;
 		candidate->synced_sequence = record->synced_sequence;
 		candidate->valid = true;
+		if (record->incarnation >> 32 > engine->super.incarnation >> 32)
+			return complain(recovery, -EBADMSG,
+					"the log is newer than the superblock: the newest superblock "
+					"is damaged; nothing was changed");
 		if (engine->segments[i].state == SEGMENT_CHAIN)
 			engine->segments[i].first_sequence =
 				record->type == MP_RECORD_LOG ? record->first_sequence
@@ -306,13 +111,26 @@ static uint32_t chain_segment(const struct mp_engine *engine, const struct volum
 	return best;
 }
 
-/* Link the segments of a chain from the checkpoint's table, tail to head; a rescue leaves gaps in the ordinals.
- * Segments that were taken but held nothing applied yet lie behind the checkpoint's position: they are
- * candidates like any free segment. */
-static void link_chain(struct recovery *recovery, struct volume *volume)
+/* Is this where the checkpoint says it is? The head may hold nothing yet. */
+static bool is_sound(const struct recovery *recovery, const struct volume *volume, uint32_t at)
+{
+	const struct segment *segment = &recovery->engine->segments[at];
+	const struct candidate *candidate = &recovery->candidates[at];
+
+	if (segment->ordinal == volume->head_ordinal && volume->head_offset_bytes == 0)
+		return true;
+	return candidate->valid && candidate->ordinal == segment->ordinal &&
+	       memcmp(candidate->volume, volume->id, sizeof candidate->volume) == 0;
+}
+
+/* Link the segments of a chain from the checkpoint's table, tail to head; a rescue leaves gaps in
+ * the ordinals. Segments that were taken but held nothing applied yet lie behind the checkpoint's
+ * position: they are candidates like any free segment. False: damaged. */
+static bool link_chain(struct recovery *recovery, struct volume *volume)
 {
 	struct mp_engine *engine = recovery->engine;
 	uint32_t at = chain_segment(engine, volume, 0);
+	bool sound = true;
 
 	while (at != NO_SEGMENT) {
 		struct segment *segment = &engine->segments[at];
@@ -328,9 +146,13 @@ static void link_chain(struct recovery *recovery, struct volume *volume)
 				engine->segments[volume->head_segment].next = at;
 			segment->next = NO_SEGMENT;
 			volume->head_segment = at;
+			sound &= is_sound(recovery, volume, at);
 		}
 		at = next;
 	}
+	/* No segment: all was destaged, and the head released as well. */
+	return volume->head_segment == NO_SEGMENT ||
+	       (sound && engine->segments[volume->head_segment].ordinal == volume->head_ordinal);
 }
 
 static bool incarnation_follows(const struct volume *volume, uint64_t incarnation)
@@ -375,6 +197,7 @@ static void replay(struct volume *volume, const struct mp_record *record, uint64
 		volume->origin = 0; /* nobody's: the slots of this volume stay as they are */
 	for (i = 0; i < record->extent_count; i++) {
 		log_index_extent(volume, &table[i], address);
+		needs_add(&engine->ledger.since, needs_of_extent(&table[i]));
 		address += table[i].stored_length_bytes / MP_BLOCK_BYTES;
 	}
 	volume->origin = origin;
@@ -479,6 +302,7 @@ static bool synced_beyond(const struct recovery *recovery, const struct volume *
 		const struct candidate *candidate = &recovery->candidates[i];
 		if (candidate->valid && candidate->ordinal > volume->head_ordinal &&
 		    memcmp(candidate->volume, volume->id, sizeof candidate->volume) == 0 &&
+		    incarnation_follows(volume, candidate->incarnation) &&
 		    candidate->synced_sequence > volume->last_sequence)
 			return true;
 	}
@@ -487,6 +311,7 @@ static bool synced_beyond(const struct recovery *recovery, const struct volume *
 		int64_t length;
 		const struct mp_record *record = record_at(engine, recovery->memory, at, &length);
 		if (record && memcmp(record->volume, volume->id, sizeof record->volume) == 0 &&
+		    incarnation_follows(volume, record->incarnation) &&
 		    record->synced_sequence > volume->last_sequence)
 			return true;
 	}
@@ -510,13 +335,24 @@ static void preserve(const struct recovery *recovery, const struct volume *volum
 	}
 }
 
+static void damaged(const struct recovery *recovery, struct volume *volume)
+{
+	volume->corrupt = true;
+	preserve(recovery, volume);
+	volume_fail(volume, EIO, "the write log is damaged below a synced point; nothing was "
+				 "dropped, restore the device or accept the loss");
+}
+
 static int follow_chain(struct recovery *recovery, struct volume *volume)
 {
 	uint32_t segment, next;
 	bool loaded = false;
 	int rc;
 
-	link_chain(recovery, volume);
+	if (!link_chain(recovery, volume)) {
+		damaged(recovery, volume);
+		return 0;
+	}
 	segment = volume->head_segment;
 	if (segment != NO_SEGMENT) {
 		rc = load_segment(recovery, segment);
@@ -535,12 +371,8 @@ static int follow_chain(struct recovery *recovery, struct volume *volume)
 		if (volume->head_offset_bytes == 0)
 			break; /* its first record has a good header and bad data: the end */
 	}
-	if (synced_beyond(recovery, volume, loaded)) {
-		volume->corrupt = true;
-		preserve(recovery, volume);
-		volume_fail(volume, EIO, "the write log is damaged below a synced point; nothing was "
-					 "dropped, restore the device or accept the loss");
-	}
+	if (synced_beyond(recovery, volume, loaded))
+		damaged(recovery, volume);
 	return 0;
 }
 
@@ -562,7 +394,7 @@ static int follow_chains(struct recovery *recovery)
 		volume->applied_incarnation = volume->head_incarnation;
 		volume->applied_ordinal = volume->head_ordinal;
 	}
-	if (rc)
+	if (rc && !recovery->message[0])
 		complain(recovery, rc, "the write log cannot be read");
 	return rc;
 }
@@ -601,7 +433,8 @@ int recovery_run(struct mp_engine *engine, char *message, uint64_t message_bytes
 
 	recovery.candidates = calloc(engine->segment_count, sizeof *recovery.candidates);
 	recovery.memory = aligned_alloc(MP_BLOCK_BYTES, engine->super.log_segment_bytes);
-	rc = recovery.candidates && recovery.memory ? load_checkpoint(&recovery) : -ENOMEM;
+	rc = recovery.candidates && recovery.memory
+		     ? checkpoint_load(engine, message, message_bytes) : -ENOMEM;
 	if (rc == 0)
 		rc = follow_chains(&recovery);
 	if (rc == 0) {

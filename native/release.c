@@ -19,15 +19,26 @@ struct promotion {
 	uint32_t checksums[MP_SLOT_BLOCKS_MAX];
 };
 
+/* Where the records of the tail end. */
+static uint64_t end_sequence(const struct mp_engine *engine, const struct volume *volume)
+{
+	uint32_t next = engine->segments[volume->tail_segment].next;
+
+	return next == NO_SEGMENT ? volume->last_sequence + 1 : engine->segments[next].first_sequence;
+}
+
 static bool is_releasable(const struct volume *volume)
 {
 	const struct mp_engine *engine = volume->engine;
 	uint32_t tail = volume->tail_segment, i;
 
-	if (tail == NO_SEGMENT || tail == volume->head_segment || volume->failed)
+	if (tail == NO_SEGMENT || volume->failed)
 		return false;
-	if (engine->segments[engine->segments[tail].next].first_sequence >
-	    volume->destaged_sequence + 1)
+	/* A head too, when nothing is under way to it: or idle volumes would hold a segment each, for ever. */
+	if (tail == volume->head_segment &&
+	    (volume->appends_inflight || !list_is_empty(&volume->ready)))
+		return false;
+	if (end_sequence(engine, volume) > volume->destaged_sequence + 1)
 		return false;
 	if (engine->cut.volume == volume && engine->cut.scan.segment == tail)
 		return false;
@@ -42,8 +53,7 @@ bool release_wanted(const struct mp_engine *engine)
 {
 	uint64_t ready = engine->segments_free + engine->segments_waiting;
 
-	return ready < engine->segment_count / 2 ||
-	       engine->index.used > index_limit(&engine->index) / 4 * 3;
+	return ready < engine->segment_count / 2 || engine->index.zeros > engine->zeros_max / 2;
 }
 
 static struct volume *choose(const struct mp_engine *engine)
@@ -60,7 +70,7 @@ static struct volume *choose(const struct mp_engine *engine)
 		if (!volume || !is_releasable(volume))
 			continue;
 		length = volume->head_ordinal - engine->segments[volume->tail_segment].ordinal;
-		if (length > most) {
+		if (!best || length > most) {
 			most = length;
 			best = volume;
 		}
@@ -222,10 +232,7 @@ static void scan_done(struct mp_io *io)
 
 static bool at_end(const struct mp_engine *engine)
 {
-	const struct release *release = &engine->release;
-	uint32_t next = engine->segments[release->scan.segment].next;
-
-	return engine->segments[next].first_sequence == release->next_sequence;
+	return engine->release.next_sequence == engine->release.end_sequence;
 }
 
 /* Offer extents of the record at the parse position; returns the blocks looked at. True when the record is done. */
@@ -319,6 +326,8 @@ static void finish(struct mp_engine *engine)
 	if (segment->pins)
 		return; /* reads in flight; nothing new can find it */
 	volume->tail_segment = segment->next;
+	if (volume->head_segment == at)
+		volume->head_segment = NO_SEGMENT; /* the chain goes on in a new one */
 	if (volume->cut_segment == at)
 		volume->cut_segment = NO_SEGMENT;
 	volume->release_generation++;
@@ -349,6 +358,9 @@ void release_step(struct mp_engine *engine)
 		release->volume->release_generation++;
 		release->extent = 0;
 		release->parse_offset_bytes = 0;
+		release->end_sequence = end_sequence(engine, release->volume);
+		if (release->volume->tail_segment == release->volume->head_segment)
+			release->volume->head_offset_bytes = engine->super.log_segment_bytes; /* full */
 		release->next_sequence =
 			engine->segments[release->volume->tail_segment].first_sequence;
 		scan_start(engine, &release->scan, release->volume->tail_segment, 0, scan_done);

@@ -1,0 +1,85 @@
+"""Hostile bytes in everything that is stored: superblocks, checkpoints, log records, groups, pages.
+
+Thousands of spoiled devices in the simulator, each in a forked process: never a crash, a hang or
+wrong data; a refusal is one line.  What no checksum gives away (a forged one) may show what the
+forger likes, but ends in nothing worse.  The real files are spoiled in test_spoiled_files.py.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+
+import pytest
+from hostile.forked import Broken, in_fork
+from hostile.spoiled_cache import Spoiled, make_world, regions
+from hostile.spoiling import damage
+from sim.world import World
+from torture.amounts import amount, seed_for
+
+WORLDS = 3  # different lives; the cases are spread over them
+
+Record = Callable[[str, object], None]
+
+
+@lru_cache(maxsize=2 * WORLDS)
+def cache_world(seed: int, clean: bool) -> World:
+    """Made once: each case is a fork."""
+    return make_world(seed, clean=clean)
+
+
+@contextmanager
+def noted(text: str) -> Iterator[None]:
+    """What was done, with whatever comes of it."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(text)
+        raise
+
+
+def run_cases(
+    name: str, record: Record, seed: int, case: Callable[[random.Random], tuple[str, str]]
+) -> Counter[str]:
+    """case(chance) forks and returns (what was done, what came of it); Broken gets the place."""
+    outcomes: Counter[str] = Counter()
+    count = amount("SPOILS", usual=150, prove=3000)
+    for index in range(count):
+        try:
+            outcomes[case(random.Random(f"{seed} {name} {index}"))[1]] += 1
+        except Broken as error:
+            raise AssertionError(f"{name}, seed {seed}, case {index}: {error}") from None
+    summary = ", ".join(f"{outcome} {number}" for outcome, number in sorted(outcomes.items()))
+    print(f"{name}: {count} cases: {summary}")
+    record("figure", f"{name}: {count} cases ({summary})")
+    return outcomes
+
+
+@pytest.mark.parametrize("clean", [True, False], ids=["stopped", "killed"])
+def test_damaged_cache_device_shows_right_data_or_an_error(
+    clean: bool, record_property: Record
+) -> None:
+    seed = seed_for("tests/hostile/test_formats.py", 1)
+
+    def case(chance: random.Random) -> tuple[str, str]:
+        world = cache_world(chance.randrange(WORLDS), clean)
+        state = chance.getstate()
+
+        def work() -> str:
+            chance.setstate(state)
+            sim = world.cache.sim
+            done = damage(
+                chance,
+                chance.choice(regions(world)),
+                lambda at, length: sim.peek(offset_bytes=at, length_bytes=length),
+                lambda at, data: sim.poke(offset_bytes=at, data=data),
+            )
+            with noted(done.text):
+                return done.text + "\n" + Spoiled(world, newest_only=not done.cut).outlive()
+
+        return tuple(in_fork(work).rsplit("\n", 1))
+
+    name = f"damaged cache device, {'stopped' if clean else 'killed'}"
+    outcomes = run_cases(name, record_property, seed, case)
+    assert len(outcomes) > 2, "the damage did nothing"

@@ -1,0 +1,290 @@
+"""Situations in which the engine once lost data, showed wrong data, failed or hung; each by its name.
+
+Failure modes: Illegal, or an assertion that says what a guest saw.
+"""
+
+import errno
+from collections.abc import Iterator
+
+import pytest
+
+from millpond.native import lib
+from millpond.native.drivers import Op, SimOptions
+from millpond.native.engine import Batch, Closed, EngineOptions, NativeError
+
+from sim.nodes import MIB
+from sim.rig import BLOCK, READ, REPLY_BYTES, TRIM, WRITE, Rig
+
+ONE, TWO = b"one volume ....!", b"two volumes ...!"
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    """Running, with nothing in it."""
+    rig = Rig()
+    rig.start()
+    yield rig
+    rig.close()
+
+
+def checkpoints(rig: Rig) -> int:
+    """How many were completed."""
+    return rig.engine.counters()["checkpoints"]
+
+
+def test_origin_of_a_forgotten_volume_is_not_given_out_again_after_a_restart(rig: Rig) -> None:
+    """Its slots are still there: holes of it, which need no checksum, were read by the next."""
+    rig.open(ONE)
+    guest = rig.connect(ONE)
+    assert rig.read(guest, 8) == 0  # a hole, remembered in a slot
+    rig.engine.disconnect(1001)
+    rig.turn()
+    rig.engine.close_volume(ONE, forget_slots=True, cookie=9)
+    rig.wait(Closed)
+    rig.stop()
+    rig.start()
+    rig.open(TWO, keep_slots=False)
+    writer = rig.connect(TWO)
+    rig.write(writer, 8, 7)
+    rig.flush(writer)
+    rig.ship(TWO)
+    rig.engine.disconnect(1002)
+    rig.turn()
+    rig.engine.close_volume(TWO, forget_slots=True, cookie=9)
+    rig.wait(Closed)
+    rig.stop()
+    rig.start()
+    rig.open(TWO, keep_slots=False)
+    assert rig.read(rig.connect(TWO), 8) == 7
+
+
+def test_block_written_after_a_trim_is_read_when_a_checkpoint_saw_only_the_trim() -> None:
+    """The trim's range was captured, then forgotten, then the block released before the walk met it."""
+    # A log large enough that its segments are walked while the checkpoint's index is written.
+    rig = Rig(
+        device_bytes=256 * MIB,
+        log_bytes=60 * MIB,
+        sim=SimOptions(device_bytes=256 * MIB, latency_ns=200_000),
+    )
+    try:
+        _trim_then_write(rig)
+    finally:
+        rig.close()
+
+
+def _trim_then_write(rig: Rig) -> None:
+    rig.start()
+    rig.open(ONE, size_bytes=MIB << 16)
+    guest = rig.connect(ONE)
+    rig.trim(guest, 100, 50)
+    for block in range(100, 150):
+        rig.write(guest, block, block)
+    # Blocks of zeroes fill the index beyond one write of the checkpoint; half of the log is used.
+    for first in range(0, 1600 * 9, 900):
+        data = b"".join(
+            rig.request(TRIM, (1000 + block) * BLOCK, 8 * BLOCK)
+            for block in range(first, first + 900, 9)
+        )
+        rig.push(guest, data)
+        rig.answers(guest, REPLY_BYTES * 100)
+    for block in range(500):
+        rig.write(guest, 400_000 + 16 * block, 3, blocks=16)
+    rig.flush(guest)
+    before = checkpoints(rig)
+    rig.ship(ONE)  # from here on: sweep, forget, release; checkpoints begin meanwhile
+    rig.until(lambda: checkpoints(rig) > before)
+    rig.fall(SimOptions(seed=3))
+    rig.start()
+    rig.open(ONE, size_bytes=MIB << 16)
+    guest = rig.connect(ONE)
+    assert [rig.read(guest, block) for block in range(100, 150)] == list(range(100, 150))
+
+
+def test_more_ranges_trimmed_between_two_checkpoints_than_a_checkpoint_holds() -> None:
+    """All were destaged, swept and forgotten; the log still had them all after a crash."""
+    rig = Rig(device_bytes=256 * MIB, log_bytes=96 * MIB)
+    try:
+        rig.start()
+        rig.open(ONE, size_bytes=MIB << 20)
+        guest = rig.connect(ONE)
+        count = 2 * lib.MP_RECORD_EXTENTS_MAX
+        for part in range(5):
+            for first in range(part * count, (part + 1) * count, 512):
+                data = b"".join(
+                    rig.request(TRIM, 20 * at * BLOCK, 10 * BLOCK)
+                    for at in range(first, first + 512)
+                )
+                rig.push(guest, data)
+                rig.answers(guest, REPLY_BYTES * 512)
+            rig.flush(guest)
+            rig.ship(ONE)
+        for _ in range(3):
+            rig.fall()
+            rig.start()
+            rig.open(ONE, size_bytes=MIB << 20)
+    finally:
+        rig.close()
+
+
+def test_many_short_trims_in_a_small_log(rig: Rig) -> None:
+    """Each leaves eight index entries and hardly any log: they wait for room, and none is lost."""
+    rig.open(ONE)
+    guest = rig.connect(ONE)
+    rig.write(guest, 5, 5)
+    for first in range(0, 4000, 100):
+        data = b"".join(
+            rig.request(TRIM, (10 + 9 * at) * BLOCK, 8 * BLOCK) for at in range(first, first + 100)
+        )
+        rig.push(guest, data)
+        got = b""
+        while len(got) < REPLY_BYTES * 100:
+            rig.ship(ONE)
+            rig.turn()
+            got += rig.sim.pop(guest)
+    rig.fall()
+    rig.start()
+    rig.open(ONE)
+    assert rig.read(rig.connect(ONE), 5) == 5
+
+
+def test_more_idle_volumes_than_log_segments(rig: Rig) -> None:
+    """Each held the head of its chain, for ever; 16 segments are all there are."""
+    for number in range(24):
+        volume = bytes([65 + number]) * 16
+        rig.open(volume)
+        guest = rig.connect(volume)
+        rig.write(guest, number, 1 + number)
+        rig.flush(guest)
+        rig.ship(volume)
+    for number in (0, 11, 23):
+        assert rig.read(rig.connect(bytes([65 + number]) * 16), number) == 1 + number
+    rig.fall()
+    rig.start()
+    for number in (0, 11, 23):
+        volume = bytes([65 + number]) * 16
+        rig.open(volume)
+        guest = rig.connect(volume)
+        assert rig.read(guest, number) == 1 + number
+        rig.write(guest, 99, 77)
+    rig.fall()
+    rig.start()
+    rig.open(b"L" * 16)
+    assert rig.read(rig.connect(b"L" * 16), 99) == 77
+
+
+def test_destage_scans_while_more_is_written_and_synced() -> None:
+    """What is synced after the scan read its place is not in the scan: it is no damage."""
+    for seed in range(12):
+        latencies = SimOptions(
+            seed=seed, device_bytes=64 * MIB, latency_ns=3_000_000, reorder=True
+        )
+        rig = Rig(sim=latencies)
+        try:
+            rig.start()
+            rig.open(ONE)
+            guest = rig.connect(ONE)
+            rig.write(guest, 0, 1)
+            rig.flush(guest)
+            for turn in range(30):
+                rig.engine.cut(ONE, max_bytes=MIB, cookie=1)
+                rig.ask(guest, WRITE, turn * BLOCK, BLOCK, bytes([turn + 1]) * BLOCK)
+                rig.turn()
+                rig.ask(guest, 3)
+                while (batch := rig.take(Batch)) is None:
+                    rig.turn()
+                assert isinstance(batch, Batch)
+                assert batch.status in (0, -errno.ENODATA) and not rig.failures
+                rig.answers(guest, 2 * REPLY_BYTES)
+        finally:
+            rig.close()
+
+
+def test_confirmation_that_comes_while_the_same_is_cut_again(rig: Rig) -> None:
+    """The reply to the first sending arrives during the second cut: no damage, no hole."""
+    rig.open(ONE)
+    guest = rig.connect(ONE)
+    for token in range(1, 9):
+        rig.write(guest, token % 3, token)
+    rig.flush(guest)
+    rig.engine.cut(ONE, max_bytes=MIB, cookie=1)
+    first = rig.wait(Batch)
+    assert isinstance(first, Batch)
+    frame = bytes(rig.engine.take_batch(ONE, first.bytes_count))
+    rig.engine.cut(ONE, max_bytes=MIB, cookie=2)
+    rig.deliver(ONE, frame)
+    second = rig.wait(Batch)
+    assert isinstance(second, Batch) and second.status in (0, -errno.ENODATA)
+    assert not rig.failures
+
+
+def test_reads_wait_for_buffers_and_the_last_reply_leaves_in_the_turn_that_frees_them(
+    rig: Rig,
+) -> None:
+    """Nothing else happens then; the paused connection is gone on with all the same."""
+    rig.open(ONE)
+    guest = rig.connect(ONE)
+    count, length = 40, 4 * MIB  # more than one connection may hold
+    rig.push(guest, b"".join(rig.request(READ, 0, length) for _ in range(count)))
+    got = 0
+
+    def all_there() -> bool:
+        nonlocal got
+        got += len(rig.sim.pop(guest))
+        return got == count * (REPLY_BYTES + length)
+
+    rig.until(all_there)
+
+
+def test_unreadable_segment_behind_the_checkpoint_is_not_the_end_of_the_chain() -> None:
+    """One read fails while recovery looks where the chain goes on: no start, nothing dropped."""
+    rig = Rig()
+    try:
+        rig.start()
+        rig.open(ONE)
+        guest = rig.connect(ONE)
+        for block in range(0, 1024, 64):
+            rig.write(guest, block, 1 + block // 64, blocks=64)
+        refused = 0
+        for io in range(1, 40):
+            rig.fall(SimOptions(seed=1, fail_io=io, fail_errno=errno.EIO, fail_op=Op.READ))
+            driver = rig.sim.driver()
+            try:
+                rig.engine = type(rig.engine).open_driver(driver, rig.options)
+            except NativeError as error:
+                lib.mp_driver_destroy(driver)
+                assert error.errno == errno.EIO
+                refused += 1
+                continue
+            rig._up = True
+            assert rig.status(ONE).last_sequence == 16
+        assert refused > 16
+        rig.fall()
+        rig.start()
+        rig.open(ONE)
+        assert rig.read(rig.connect(ONE), 1023) == 16
+    finally:
+        rig.close()
+
+
+def test_volume_of_a_size_that_no_index_key_names_is_refused(rig: Rig) -> None:
+    """A block number of more than 40 bits would have ended the daemon."""
+    rig.engine.open_volume(
+        ONE, size_bytes=1 << 60, epoch=1, lineage=1, applied_sequence=0, keep_slots=False, cookie=5
+    )
+    rig.turn()
+    assert [getattr(event, "status", 0) for event in rig.events] == [-errno.EFBIG]
+
+
+def test_checkpoint_every_record(rig: Rig) -> None:
+    """Checkpoints follow one another while trims are swept and forgotten: nothing spins or stays."""
+    rig.stop()
+    rig.options = EngineOptions(checkpoint_every_bytes=1)
+    rig.start()
+    rig.open(ONE)
+    guest = rig.connect(ONE)
+    for at in range(40):
+        rig.trim(guest, at * 20, 15)
+        rig.write(guest, at * 20 + 3, 1 + at)
+    rig.flush(guest)
+    rig.ship(ONE)
+    assert [rig.read(guest, at * 20 + 3) for at in range(40)] == list(range(1, 41))
