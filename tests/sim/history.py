@@ -53,7 +53,7 @@ class Shape:
 
 
 # usual: everything. small: one block after the other, so that records fit where others were.
-# wrap: large ones, so that the log is used again and again. reread: what is in slots is written and read.
+# wrap: large ones, so that the log is used again and again. reread: what is in slots is written.
 SHAPES: Mapping[str, Shape] = MappingProxyType(
     {
         "usual": Shape(),
@@ -111,7 +111,7 @@ def _write_range(rng: random.Random, shape: Shape) -> tuple[int, int]:
 
 
 def _range(rng: random.Random, shape: Shape) -> tuple[int, int]:
-    """Of a trim, a write of zeroes or a read: short ones, long ones (range tombstones), odd ones."""
+    """Of a trim, a write of zeroes or a read: short, long (range tombstones), and odd ones."""
     if shape.longest_blocks == 1:
         return rng.randrange(shape.hot_blocks) * BLOCK, BLOCK
     dice = rng.randrange(4)

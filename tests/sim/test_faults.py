@@ -46,7 +46,6 @@ class Fault:
             else:
                 yield replace(place, engine_faults=bit)
 
-
     def _cut_after(self, count: int) -> int:
         if self.to_the_end:
             return TO_THE_END_EVERY * (1 + count * 7 % 31)
