@@ -1,15 +1,19 @@
 /* recovery.c - from what a crash left on the device to a state that may serve.
  *
- * Order: newest valid superblock -> its checkpoint (volumes, segment table, tombstones, index, slots) -> first record of every
- * segment that the checkpoint does not know in a chain -> each chain is followed from its position in the checkpoint,
- * record by record, data verified, index and slots brought up to date -> one sync, so that what was found is durable
- * before it is built upon -> a new incarnation in the superblock, synced, before anything is appended.
+ * Order: newest valid superblock -> its checkpoint (volumes, segment table, tombstones, index,
+ * slots) -> first record of every segment that the checkpoint does not know in a chain -> each
+ * chain is followed from its position in the checkpoint, record by record, data verified, index and
+ * slots brought up to date -> one sync, so that what was found is durable before it is built upon
+ * -> a new incarnation in the superblock, synced, before anything is appended.
  *
- * A chain ends at the first record that does not verify or does not follow. When anything behind it proves that the chain
- * had been synced beyond that point, it is not an end but corruption: the volume fails, nothing of it is changed.
+ * A chain ends at the first record that does not verify or does not follow. When anything behind it
+ * proves that the chain had been synced beyond that point, it is not an end but corruption: the
+ * volume fails, nothing of it is changed.
  *
- * What a crash during recovery leaves: nothing was written before the superblock; that write goes to the older copy.
- * Failure modes: no valid superblock, an unknown version or feature, a checkpoint that does not verify: one line, no start.
+ * What a crash during recovery leaves: nothing was written before the superblock; that write goes
+ * to the older copy.
+ * Failure modes: no valid superblock, an unknown version or feature, a checkpoint that does not
+ * verify: one line, no start.
  */
 #include <stdio.h>
 
@@ -20,7 +24,8 @@ struct candidate {
 	uint8_t volume[16];
 	uint64_t ordinal, previous_checksum, incarnation, synced_sequence;
 	bool valid;
-	bool suspect;                 /* not valid, and not blank: its first record may be what is damaged */
+	/* not valid, and not blank: its first record may be what is damaged */
+	bool suspect;
 };
 struct recovery {
 	struct mp_engine *engine;
@@ -65,8 +70,9 @@ static int read_candidates(struct recovery *recovery)
 		const struct mp_record *record;
 		int64_t length, rc;
 
-		/* The longest header is 64 KiB; its first block tells whether more is worth reading. The second
-		 * tells a segment that was never used from one whose header was wiped. */
+		/* The longest header is 64 KiB; its first block tells whether more is worth
+		 * reading. The second tells a segment that was never used from one whose header was
+		 * wiped. */
 		rc = mp_driver_read(engine->driver, 0, segment_offset_bytes(engine, i),
 				    recovery->memory, 2 * MP_BLOCK_BYTES);
 		record = (const struct mp_record *)(const void *)recovery->memory;
@@ -75,7 +81,8 @@ static int read_candidates(struct recovery *recovery)
 			rc = mp_driver_read(engine->driver, 0, segment_offset_bytes(engine, i),
 					    recovery->memory, 65536);
 		if (rc < 0)
-			return (int)rc; /* a chain may go on there: to take it for ended could drop writes */
+			/* a chain may go on there: to take it for ended could drop writes */
+			return (int)rc;
 		record = record_at(engine, recovery->memory, 0, &length);
 		candidate->suspect = !record && !mp_is_zero(recovery->memory, 2 * MP_BLOCK_BYTES);
 		if (!record)
@@ -88,7 +95,8 @@ static int read_candidates(struct recovery *recovery)
 		candidate->valid = true;
 		if (record->incarnation >> 32 > engine->super.incarnation >> 32)
 			return complain(recovery, -EBADMSG,
-					"the log is newer than the superblock: the newest superblock "
+					"the log is newer than the superblock: the newest "
+					"superblock "
 					"is damaged; nothing was changed");
 		if (engine->segments[i].state == SEGMENT_CHAIN)
 			engine->segments[i].first_sequence =
@@ -194,15 +202,16 @@ static void replay(struct volume *volume, const struct mp_record *record, uint64
 	uint32_t address = (uint32_t)((segment_offset_bytes(engine, segment) +
 				       record->segment_offset_bytes + record->header_length_bytes) /
 				      MP_BLOCK_BYTES);
-	uint32_t i;
+	uint32_t origin = volume->origin, i;
 
+	if (fault(engine, MP_FAULT_KEEP_STALE_SLOTS))
+		volume->origin = 0; /* nobody's: the slots of this volume stay as they are */
 	for (i = 0; i < record->extent_count; i++) {
-		if (!fault(engine, MP_FAULT_KEEP_STALE_SLOTS) ||
-		    record->last_sequence > volume->destaged_sequence)
-			log_index_extent(volume, &table[i], address);
+		log_index_extent(volume, &table[i], address);
 		needs_add(&engine->ledger.since, needs_of_extent(&table[i]));
 		address += table[i].stored_length_bytes / MP_BLOCK_BYTES;
 	}
+	volume->origin = origin;
 	if (record->type == MP_RECORD_LOG)
 		volume->last_sequence = volume->applied_sequence = record->last_sequence;
 	volume->epoch = record->epoch > volume->epoch ? record->epoch : volume->epoch;
@@ -289,8 +298,9 @@ static void adopt(struct volume *volume, uint32_t segment)
 	volume->head_offset_bytes = 0;
 }
 
-/* Is there, in the segment in memory, a record behind the chain's end that tells of a sync beyond it? Old bytes of other
- * chains and of earlier lives of the segment have lower ordinals, other volumes or incarnations. */
+/* Is there, in the segment in memory, a record behind the chain's end that tells of a sync beyond
+ * it? Old bytes of other chains and of earlier lives of the segment have lower ordinals, other
+ * volumes or incarnations. */
 static bool memory_tells(const struct recovery *recovery, const struct volume *volume,
 			 uint64_t offset_bytes)
 {
@@ -321,9 +331,11 @@ static bool may_tell(const struct recovery *recovery, const struct volume *volum
 		incarnation_follows(volume, candidate->incarnation));
 }
 
-/* Does anything behind the end prove that the chain was synced further than it goes? 1: yes. A damaged record at the start
- * of a segment hides the whole of it from next_segment, so segments that do not begin as they should are read, too. */
-static int synced_beyond(struct recovery *recovery, const struct volume *volume, bool memory_is_head)
+/* Does anything behind the end prove that the chain was synced further than it goes? 1: yes. A
+ * damaged record at the start of a segment hides the whole of it from next_segment, so segments
+ * that do not begin as they should are read, too. */
+static int synced_beyond(struct recovery *recovery, const struct volume *volume,
+			 bool memory_is_head)
 {
 	const struct mp_engine *engine = recovery->engine;
 	uint32_t i;
@@ -355,7 +367,8 @@ static void preserve(const struct recovery *recovery, const struct volume *volum
 		     (candidate->valid &&
 		      memcmp(candidate->volume, volume->id, sizeof candidate->volume) == 0))) {
 			engine->segments[i].state = SEGMENT_WAITING;
-			engine->segments[i].released_serial = UINT64_MAX; /* no checkpoint frees it */
+			/* no checkpoint frees it */
+			engine->segments[i].released_serial = UINT64_MAX;
 			engine->segments_free--;
 		}
 	}
@@ -426,7 +439,8 @@ static int follow_chains(struct recovery *recovery)
 	return rc;
 }
 
-/* What was found must be durable before anything builds on it; then a new incarnation, before the first append. */
+/* What was found must be durable before anything builds on it; then a new incarnation, before the
+ * first append. */
 static int seal_recovery(struct mp_engine *engine)
 {
 	struct mp_cache_super super = engine->super;

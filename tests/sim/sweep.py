@@ -5,33 +5,49 @@ I/O of the history had its turn.  Failure modes: Illegal (or an assertion of our
 command line that repeats that one world.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+from sim.history import SHAPES
+from sim.nodes import MIB
 from sim.world import Settings, World
 
-_POWER = {"lose": True}
-_TORN = {"lose": True, "tear": True, "reorder": True}
-_BOTH = {"cut_both": True}
+_CACHE, _STORE = Settings(cut="cache"), Settings(cut="store")
+
+
+def _power(settings: Settings) -> Settings:
+    return replace(settings, lose=True)
+
+
+def _torn(settings: Settings) -> Settings:
+    return replace(settings, lose=True, tear=True, reorder=True)
+
+
+def _crash_power(settings: Settings) -> Settings:
+    """First the daemon, and then, soon after it came up again, the power."""
+    return replace(_torn(settings), soft_first=True)
+
 
 # Who is cut, and what the crash takes with it.
 MODES: Mapping[str, Settings] = MappingProxyType(
     {
-        "cache-crash": Settings(cut="cache"),
-        "cache-power": Settings(cut="cache", **_POWER),
-        "cache-torn": Settings(cut="cache", **_TORN),
-        "store-crash": Settings(cut="store"),
-        "store-power": Settings(cut="store", **_POWER),
-        "store-torn": Settings(cut="store", **_TORN),
-        # First the daemon, and then, soon after it came up again, the power.
-        "cache-crash-power": Settings(cut="cache", **_TORN, soft_first=True),
-        "store-crash-power": Settings(cut="store", **_TORN, soft_first=True),
-        "both-cache-torn": Settings(cut="cache", **_TORN, **_BOTH),
-        "both-store-torn": Settings(cut="store", **_TORN, **_BOTH),
+        "none": Settings(),
+        "cache-crash": _CACHE,
+        "cache-power": _power(_CACHE),
+        "cache-torn": _torn(_CACHE),
+        "cache-crash-power": _crash_power(_CACHE),
+        "store-crash": _STORE,
+        "store-power": _power(_STORE),
+        "store-torn": _torn(_STORE),
+        "store-crash-power": _crash_power(_STORE),
+        "both-cache-torn": replace(_torn(_CACHE), cut_both=True),
+        "both-store-torn": replace(_torn(_STORE), cut_both=True),
     }
 )
+CUTS = tuple(mode for mode in MODES if mode != "none")
+AGAIN_MAX = 24  # a second cut comes up to so many I/Os after the first
+TO_THE_END_EVERY = 8  # of so many places one goes on to the end of its history
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,50 +56,58 @@ class Place:
 
     mode: str
     seed: int
-    cut_after: int
+    cut_after: int = 0
+    shape: str = "usual"
+    engine_faults: int = 0
+    store_faults: int = 0
 
     def settings(self) -> Settings:
         """Odd places are cut once more, soon after they came up."""
         mode = MODES[self.mode]
-        again = self.cut_after // 2 % 12 + 1 if self.cut_after % 2 or mode.soft_first else 0
+        again = self.cut_after // 2 % AGAIN_MAX + 1 if self.cut_after % 2 or mode.soft_first else 0
+        whole = self.cut_after % TO_THE_END_EVERY == 0
         return replace(
             mode,
             seed=self.seed,
-            depth=1 + self.seed % 6,
+            shape=SHAPES[self.shape],
+            depth=SHAPES[self.shape].depth or 1 + self.seed % 6,
+            checkpoint_bytes=(2 + self.seed % 2 * 62) * MIB,
             cut_after=self.cut_after,
             cut_again_after=again,
+            requests_after_cut=SHAPES[self.shape].requests if whole else 10,
+            engine_faults=self.engine_faults,
+            store_faults=self.store_faults,
         )
 
     @property
     def command(self) -> str:
         """Repeats it."""
+        faults = f" {self.engine_faults} {self.store_faults}"
         return (
             f"PYTHONSAFEPATH=1 PYTHONPATH=tests .venv/bin/python -m sim"
-            f" {self.mode} {self.seed} {self.cut_after}"
+            f" {self.mode} {self.seed} {self.cut_after} {self.shape}{faults}"
         )
 
 
+class Caught(AssertionError):
+    """A world that is not as it should be; the message has the command that repeats it."""
+
+
 def run_place(place: Place) -> int:
-    """One world; how often it fell.  AssertionError with the command that repeats it."""
+    """One world; how often it fell.  Caught."""
     world = World(place.settings())
     try:
         world.run()
     except Exception as error:
-        if __import__("os").environ.get("TB"): raise
-        raise AssertionError(f"{type(error).__name__}: {error}\n  again: {place.command}") from error
+        raise Caught(f"{type(error).__name__}: {error}\n  again: {place.command}") from error
     finally:
         world.close()
     return world.falls
 
 
 def sweep(mode: str, seed: int) -> int:
-    """Every N of one mode and seed; how many there were."""
+    """Every N of one mode and seed; how many there were.  Caught."""
     cut_after = 1
     while run_place(Place(mode, seed, cut_after)):
         cut_after += 1
     return cut_after - 1
-
-
-def seeds(usual: int, full: int) -> range:
-    """How many seeds: MILLPOND_SIM_FULL=1 asks for more."""
-    return range(1, 1 + (full if os.environ.get("MILLPOND_SIM_FULL") else usual))

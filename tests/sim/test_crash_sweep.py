@@ -10,18 +10,18 @@ from collections.abc import Callable
 
 import pytest
 
-from sim.sweep import MODES, sweep
+from sim.sweep import CUTS, sweep
 
 SEEDS = range(10 if os.environ.get("MILLPOND_SIM_FULL") else 1)
 
 
 @pytest.mark.parametrize("round_", SEEDS)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", CUTS)
 def test_cut_after_every_io(
     mode: str, round_: int, record_property: Callable[[str, object], None]
 ) -> None:
     """Different modes take different seeds, so that one round sees many histories."""
-    seed = 1 + round_ * len(MODES) + list(MODES).index(mode)
+    seed = 1 + round_ * len(CUTS) + CUTS.index(mode)
     places = sweep(mode, seed)
     assert places > 60, f"the history has only {places} I/Os to cut after"
     record_property("figure", f"{places} cuts, none with a lost or wrong block")
