@@ -25,6 +25,7 @@ from millpond.native.engine import Batch, Engine, EngineFailed, Event, NativeErr
 from millpond.native.engine import VolumeFailed
 
 from millpond.native.store import VolumeState
+from millpond.store.errors import StoreError
 
 from hostile.spoiling import Region
 
@@ -79,7 +80,7 @@ class Spoiled:
             return "refused"
         try:
             self._open()
-        except CacheError:
+        except (CacheError, StoreError):
             return "refused"
         if self.failed:
             return "failed"
@@ -90,7 +91,7 @@ class Spoiled:
 
     def _open(self) -> None:
         world = self.world
-        before, known = world._record(), world.known()
+        before, known = world.record(), world.known()
         positions.check_still_ours(before, known, CACHE_ID)
         after = world.call(
             world.catalogue.open(
