@@ -151,13 +151,16 @@ int store_extent_get(struct mp_store *store, uint64_t address, enum store_walk h
 	uint8_t *leaf;
 	int error;
 
-	assert(segment && segment->kind == MP_GROUP_DATA);
+	/* An address comes from a page: its checksum is right, and what it says may still be forged. */
+	if (!segment || segment->kind != MP_GROUP_DATA)
+		return -EBADMSG;
 	if (how == STORE_CREATE)
 		store_tree_grow(store, &segment->extents, index + 1);
 	error = store_tree_leaf(store, &segment->extents, index, how, &leaf);
 	if (error)
 		return error;
-	assert(leaf);
+	if (!leaf)
+		return -EBADMSG;
 	*entry = (struct mp_extent_entry *)(void *)leaf +
 		 (index & ((1 << MP_EXTENT_LEAF_BITS) - 1));
 	return 0;

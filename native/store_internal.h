@@ -37,6 +37,9 @@ enum {
 #define STORE_EVIDENCE_NS 50000000ULL       /* idle time before synced_commit is put on record */
 #define STORE_FULL_RETRY_NS 100000000ULL
 #define STORE_SEGMENT_MAX_BYTES (1ULL << 30)
+/* What places and addresses can hold: segment << MP_PLACE_PAGE_BITS | page. */
+#define STORE_SEGMENTS_MAX (1ULL << (64 - MP_PLACE_PAGE_BITS))
+#define STORE_FILE_MAX_BYTES ((uint64_t)MP_PAGE_BYTES << MP_PLACE_PAGE_BITS)
 /* in a place: number of a page that is on no disk yet */
 #define STORE_IN_MEMORY (1ULL << 63)
 

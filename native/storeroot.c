@@ -161,6 +161,43 @@ static int adds_up(const struct mp_checkpoint *header, uint64_t length_bytes)
 	return 1;
 }
 
+/* Checksums tell of damage, not of sense: what later code takes for granted is checked here. */
+static int header_is_possible(const struct mp_store *store, const struct mp_checkpoint *header)
+{
+	return header->next_segment < STORE_SEGMENTS_MAX &&
+	       header->log_segment < STORE_SEGMENTS_MAX &&
+	       header->log_offset_bytes < STORE_FILE_MAX_BYTES &&
+	       header->log_offset_bytes % MP_BLOCK_BYTES == 0 && header->log_commit &&
+	       header->log_commit < UINT64_MAX / 2 &&
+	       header->log_incarnation >> 32 <= store->super.incarnation >> 32 &&
+	       header->origin_count < 1ULL << MP_ORIGIN_BITS;
+}
+
+static int volume_is_possible(struct mp_store *store, const struct mp_checkpoint_volume *entry)
+{
+	return !store_volume_find(store, entry->state.id) && entry->height < STORE_LEVELS - 1 &&
+	       (entry->root.place || !entry->height) &&
+	       memchr(entry->state.name, 0, sizeof entry->state.name) &&
+	       entry->state.applied_sequence < UINT64_MAX / 2;
+}
+
+static int segment_is_possible(struct mp_store *store, const struct mp_checkpoint_segment *entry)
+{
+	return entry->id && entry->id < STORE_SEGMENTS_MAX &&
+	       !store_segment_find(store, entry->id) &&
+	       (entry->kind == MP_GROUP_DATA || entry->kind == MP_GROUP_META) &&
+	       entry->length_bytes <= STORE_FILE_MAX_BYTES &&
+	       entry->length_bytes % MP_BLOCK_BYTES == 0 &&
+	       entry->extent_count <= 1U << MP_ADDRESS_EXTENT_BITS &&
+	       entry->height < STORE_LEVELS - 1 && (entry->extents.place || !entry->height);
+}
+
+static int grave_is_possible(const struct mp_checkpoint_grave *entry)
+{
+	return entry->root.place && entry->level < STORE_LEVELS &&
+	       (entry->kind == MP_GRAVE_MAP || entry->kind == MP_GRAVE_EXTENTS);
+}
+
 static const uint8_t *load_volumes(struct mp_store *store, const uint8_t *at, uint64_t count)
 {
 	for (uint64_t i = 0; i < count; i++) {
@@ -169,6 +206,8 @@ static const uint8_t *load_volumes(struct mp_store *store, const uint8_t *at, ui
 
 		memcpy(&entry, at, sizeof entry);
 		at += sizeof entry;
+		if (!volume_is_possible(store, &entry))
+			return NULL;
 		volume = store_volume_add(store, entry.state.id);
 		volume->state = volume->admitted = entry.state;
 		volume->visible = 1;
@@ -188,6 +227,8 @@ static const uint8_t *load_segments(struct mp_store *store, const uint8_t *at, u
 
 		memcpy(&entry, at, sizeof entry);
 		at += sizeof entry;
+		if (!segment_is_possible(store, &entry))
+			return NULL;
 		segment = store_segment_add(store, entry.id, entry.kind);
 		segment->live_bytes = entry.live_bytes;
 		segment->length_bytes = entry.length_bytes;
@@ -203,15 +244,36 @@ static const uint8_t *load_segments(struct mp_store *store, const uint8_t *at, u
 	return at;
 }
 
-static void load_graves(struct mp_store *store, const uint8_t *at, uint64_t count)
+static int load_graves(struct mp_store *store, const uint8_t *at, uint64_t count)
 {
 	for (uint64_t i = 0; i < count; i++) {
 		struct mp_checkpoint_grave entry;
 
 		memcpy(&entry, at, sizeof entry);
 		at += sizeof entry;
+		if (!grave_is_possible(&entry))
+			return 0;
 		store_bury(store, &entry.root, entry.level, entry.kind);
 	}
+	return 1;
+}
+
+/* Take over all tables; 0: they make no sense. */
+static int load_tables(struct mp_store *store, const struct mp_checkpoint *header, const uint8_t *at)
+{
+	if (!header_is_possible(store, header))
+		return 0;
+	at = load_volumes(store, at, header->volume_count);
+	if (at)
+		at = load_segments(store, at, header->segment_count);
+	if (!at)
+		return 0;
+	store->origins = store_grow(store->origins, &store->origin_capacity,
+				    header->origin_count + 1, sizeof *store->origins);
+	memcpy(store->origins, at, header->origin_count * MP_VOLUME_ID_BYTES);
+	store->origin_count = header->origin_count;
+	return load_graves(store, at + header->origin_count * MP_VOLUME_ID_BYTES,
+			   header->grave_count);
 }
 
 int store_checkpoint_load(struct mp_store *store, char *message, uint64_t message_bytes)
@@ -219,11 +281,11 @@ int store_checkpoint_load(struct mp_store *store, char *message, uint64_t messag
 	uint64_t length_bytes;
 	uint8_t *payload = read_payload(store, &length_bytes);
 	struct mp_checkpoint header = {0};
-	const uint8_t *at;
 
 	if (payload && length_bytes >= sizeof header)
 		memcpy(&header, payload, sizeof header);
-	if (!adds_up(&header, length_bytes)) {
+	if (!adds_up(&header, length_bytes) ||
+	    !load_tables(store, &header, payload + sizeof header)) {
 		free(payload);
 		snprintf(message, message_bytes,
 			 "the checkpoint in segment %llu at %llu does not verify: "
@@ -233,14 +295,6 @@ int store_checkpoint_load(struct mp_store *store, char *message, uint64_t messag
 			 (unsigned long long)store->super.checkpoint_offset_bytes);
 		return -EBADMSG;
 	}
-	at = load_volumes(store, payload + sizeof header, header.volume_count);
-	at = load_segments(store, at, header.segment_count);
-	store->origins = store_grow(store->origins, &store->origin_capacity,
-				    header.origin_count + 1,
-				    sizeof *store->origins);
-	memcpy(store->origins, at, header.origin_count * MP_VOLUME_ID_BYTES);
-	store->origin_count = header.origin_count;
-	load_graves(store, at + header.origin_count * MP_VOLUME_ID_BYTES, header.grave_count);
 	if (header.next_segment > store->next_segment)
 		store->next_segment = header.next_segment;
 	store->applied = (struct store_position){header.log_segment, header.log_offset_bytes,

@@ -53,6 +53,18 @@ static int valid(const struct mp_store_super *super)
 	return super->magic == MP_STORE_SUPER_MAGIC && super->checksum == checksum(super);
 }
 
+/* A checksum does not make it possible. */
+static int is_possible(const struct mp_store_super *super)
+{
+	return super->segment_bytes >= 16 * MP_BLOCK_BYTES &&
+	       super->segment_bytes <= STORE_SEGMENT_MAX_BYTES &&
+	       super->segment_bytes % MP_BLOCK_BYTES == 0 && super->generation < UINT64_MAX / 2 &&
+	       super->incarnation >> 32 < UINT32_MAX / 2 &&
+	       super->checkpoint_segment < STORE_SEGMENTS_MAX &&
+	       super->checkpoint_offset_bytes < STORE_FILE_MAX_BYTES &&
+	       super->checkpoint_offset_bytes % MP_BLOCK_BYTES == 0;
+}
+
 int store_super_load(struct mp_store *store, char *message, uint64_t message_bytes)
 {
 	struct mp_store_super *supers = store_allocate_aligned(2 * sizeof *supers);
@@ -86,6 +98,11 @@ int store_super_load(struct mp_store *store, char *message, uint64_t message_byt
 			 store->super.version, store->super.incompatible_features,
 				MP_FORMAT_VERSION);
 		return -ENOTSUP;
+	}
+	if (!is_possible(&store->super)) {
+		snprintf(message, message_bytes,
+			 "the superblocks (file 0) make no sense: not written by this program");
+		return -EPROTO;
 	}
 	return 0;
 }
