@@ -24,6 +24,7 @@ struct candidate {
 	uint8_t volume[16];
 	uint64_t ordinal, previous_checksum, incarnation, synced_sequence;
 	bool valid;
+	bool behind_damage; /* not its first record, but one behind it: tells what was synced */
 };
 struct recovery {
 	struct mp_engine *engine;
@@ -58,6 +59,40 @@ static const struct mp_record *record_at(const struct mp_engine *engine, const u
 	return record;
 }
 
+static int load_segment(struct recovery *recovery, uint32_t segment);
+
+/* The first record does not verify. Torn, and nothing newer is behind it; or damaged: then newer records behind it
+ * tell how far their chain was synced. A segment that begins with zeroes was never used. */
+static int look_behind_damage(struct recovery *recovery, uint32_t segment)
+{
+	const struct mp_engine *engine = recovery->engine;
+	struct candidate *candidate = &recovery->candidates[segment];
+	uint64_t at = MP_BLOCK_BYTES, first_bytes = 65536;
+	int64_t length, rc;
+
+	rc = mp_driver_read(engine->driver, 0, segment_offset_bytes(engine, segment),
+			    recovery->memory, first_bytes);
+	if (rc < 0 || mp_is_zero(recovery->memory, first_bytes))
+		return rc < 0 ? (int)rc : 0;
+	rc = load_segment(recovery, segment);
+	for (; rc == 0 && at < engine->super.log_segment_bytes; at += MP_BLOCK_BYTES) {
+		const struct mp_record *record = record_at(engine, recovery->memory, at, &length);
+
+		/* Behind the newest life of the segment lies what is left of its older ones. */
+		if (!record || (candidate->behind_damage &&
+				(record->segment_ordinal != candidate->ordinal ||
+				 memcmp(record->volume, candidate->volume, 16) != 0 ||
+				 record->synced_sequence < candidate->synced_sequence)))
+			continue;
+		memcpy(candidate->volume, record->volume, sizeof candidate->volume);
+		candidate->ordinal = record->segment_ordinal;
+		candidate->incarnation = record->incarnation;
+		candidate->synced_sequence = record->synced_sequence;
+		candidate->behind_damage = true;
+	}
+	return (int)rc;
+}
+
 static int read_candidates(struct recovery *recovery)
 {
 	struct mp_engine *engine = recovery->engine;
@@ -81,8 +116,12 @@ static int read_candidates(struct recovery *recovery)
 			/* a chain may go on there: to take it for ended could drop writes */
 			return (int)rc;
 		record = record_at(engine, recovery->memory, 0, &length);
-		if (!record)
+		if (!record) {
+			rc = look_behind_damage(recovery, i);
+			if (rc < 0)
+				return (int)rc;
 			continue;
+		}
 		memcpy(candidate->volume, record->volume, sizeof candidate->volume);
 		candidate->ordinal = record->segment_ordinal;
 		candidate->previous_checksum = record->previous_checksum;
@@ -307,7 +346,8 @@ static bool synced_beyond(const struct recovery *recovery, const struct volume *
 		return true;
 	for (i = 0; i < engine->segment_count; i++) {
 		const struct candidate *candidate = &recovery->candidates[i];
-		if (candidate->valid && candidate->ordinal > volume->head_ordinal &&
+		if ((candidate->valid || candidate->behind_damage) &&
+		    candidate->ordinal > volume->head_ordinal &&
 		    memcmp(candidate->volume, volume->id, sizeof candidate->volume) == 0 &&
 		    incarnation_follows(volume, candidate->incarnation) &&
 		    candidate->synced_sequence > volume->last_sequence)
@@ -333,7 +373,8 @@ static void preserve(const struct recovery *recovery, const struct volume *volum
 
 	for (i = 0; i < engine->segment_count; i++) {
 		const struct candidate *candidate = &recovery->candidates[i];
-		if (candidate->valid && engine->segments[i].state == SEGMENT_FREE &&
+		if ((candidate->valid || candidate->behind_damage) &&
+		    engine->segments[i].state == SEGMENT_FREE &&
 		    memcmp(candidate->volume, volume->id, sizeof candidate->volume) == 0) {
 			engine->segments[i].state = SEGMENT_WAITING;
 			/* no checkpoint frees it */
