@@ -65,7 +65,8 @@ static void sync_done(struct mp_io *io)
 		}
 		finish_synced(volume);
 		if (volume->tell_after_sync &&
-		    volume->synced_sequence > volume->destaged_sequence) {
+		    (volume->synced_sequence > volume->destaged_sequence ||
+		     fault(engine, MP_FAULT_SHIP_UNSYNCED))) {
 			volume->tell_after_sync = false;
 			volume->dirty_ready_told = true;
 			engine_volume_event(volume, MP_EVENT_DIRTY_READY, 0, 0);

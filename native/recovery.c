@@ -24,7 +24,8 @@ struct candidate {
 	uint8_t volume[16];
 	uint64_t ordinal, previous_checksum, incarnation, synced_sequence;
 	bool valid;
-	bool behind_damage; /* not its first record, but one behind it: tells what was synced */
+	/* not valid, and not blank: its first record may be what is damaged */
+	bool suspect;
 };
 struct recovery {
 	struct mp_engine *engine;
@@ -59,40 +60,6 @@ static const struct mp_record *record_at(const struct mp_engine *engine, const u
 	return record;
 }
 
-static int load_segment(struct recovery *recovery, uint32_t segment);
-
-/* The first record does not verify. Torn, and nothing newer is behind it; or damaged: then newer records behind it
- * tell how far their chain was synced. A segment that begins with zeroes was never used. */
-static int look_behind_damage(struct recovery *recovery, uint32_t segment)
-{
-	const struct mp_engine *engine = recovery->engine;
-	struct candidate *candidate = &recovery->candidates[segment];
-	uint64_t at = MP_BLOCK_BYTES, first_bytes = 65536;
-	int64_t length, rc;
-
-	rc = mp_driver_read(engine->driver, 0, segment_offset_bytes(engine, segment),
-			    recovery->memory, first_bytes);
-	if (rc < 0 || mp_is_zero(recovery->memory, first_bytes))
-		return rc < 0 ? (int)rc : 0;
-	rc = load_segment(recovery, segment);
-	for (; rc == 0 && at < engine->super.log_segment_bytes; at += MP_BLOCK_BYTES) {
-		const struct mp_record *record = record_at(engine, recovery->memory, at, &length);
-
-		/* Behind the newest life of the segment lies what is left of its older ones. */
-		if (!record || (candidate->behind_damage &&
-				(record->segment_ordinal != candidate->ordinal ||
-				 memcmp(record->volume, candidate->volume, 16) != 0 ||
-				 record->synced_sequence < candidate->synced_sequence)))
-			continue;
-		memcpy(candidate->volume, record->volume, sizeof candidate->volume);
-		candidate->ordinal = record->segment_ordinal;
-		candidate->incarnation = record->incarnation;
-		candidate->synced_sequence = record->synced_sequence;
-		candidate->behind_damage = true;
-	}
-	return (int)rc;
-}
-
 static int read_candidates(struct recovery *recovery)
 {
 	struct mp_engine *engine = recovery->engine;
@@ -104,9 +71,10 @@ static int read_candidates(struct recovery *recovery)
 		int64_t length, rc;
 
 		/* The longest header is 64 KiB; its first block tells whether more is worth
-		 * reading. */
+		 * reading. The second tells a segment that was never used from one whose header was
+		 * wiped. */
 		rc = mp_driver_read(engine->driver, 0, segment_offset_bytes(engine, i),
-				    recovery->memory, MP_BLOCK_BYTES);
+				    recovery->memory, 2 * MP_BLOCK_BYTES);
 		record = (const struct mp_record *)(const void *)recovery->memory;
 		if (rc >= 0 && record->magic == MP_RECORD_MAGIC &&
 		    record->header_length_bytes > MP_BLOCK_BYTES)
@@ -116,12 +84,9 @@ static int read_candidates(struct recovery *recovery)
 			/* a chain may go on there: to take it for ended could drop writes */
 			return (int)rc;
 		record = record_at(engine, recovery->memory, 0, &length);
-		if (!record) {
-			rc = look_behind_damage(recovery, i);
-			if (rc < 0)
-				return (int)rc;
+		candidate->suspect = !record && !mp_is_zero(recovery->memory, 2 * MP_BLOCK_BYTES);
+		if (!record)
 			continue;
-		}
 		memcpy(candidate->volume, record->volume, sizeof candidate->volume);
 		candidate->ordinal = record->segment_ordinal;
 		candidate->previous_checksum = record->previous_checksum;
@@ -196,9 +161,9 @@ static bool link_chain(struct recovery *recovery, struct volume *volume)
 		}
 		at = next;
 	}
-	/* No segment: all was destaged, and the head released as well. */
-	return volume->head_segment == NO_SEGMENT ||
-	       (sound && engine->segments[volume->head_segment].ordinal == volume->head_ordinal);
+	if (volume->head_segment == NO_SEGMENT)
+		return volume->head_offset_bytes == 0;
+	return sound && engine->segments[volume->head_segment].ordinal == volume->head_ordinal;
 }
 
 static bool incarnation_follows(const struct volume *volume, uint64_t incarnation)
@@ -333,36 +298,60 @@ static void adopt(struct volume *volume, uint32_t segment)
 	volume->head_offset_bytes = 0;
 }
 
-/* Does anything behind the end prove that the chain was synced further than it goes? Records behind
- * the end count only with a valid header of this volume; stale ones tell of lower sequences. */
-static bool synced_beyond(const struct recovery *recovery, const struct volume *volume,
-			  bool memory_is_head)
+/* Is there, in the segment in memory, a record behind the chain's end that tells of a sync beyond
+ * it? Old bytes of other chains and of earlier lives of the segment have lower ordinals, other
+ * volumes or incarnations. */
+static bool memory_tells(const struct recovery *recovery, const struct volume *volume,
+			 uint64_t offset_bytes)
 {
 	const struct mp_engine *engine = recovery->engine;
-	uint64_t at, segment_bytes = engine->super.log_segment_bytes;
-	uint32_t i;
+	int64_t length;
 
-	if (volume->synced_sequence > volume->last_sequence)
-		return true;
-	for (i = 0; i < engine->segment_count; i++) {
-		const struct candidate *candidate = &recovery->candidates[i];
-		if ((candidate->valid || candidate->behind_damage) &&
-		    candidate->ordinal > volume->head_ordinal &&
-		    memcmp(candidate->volume, volume->id, sizeof candidate->volume) == 0 &&
-		    incarnation_follows(volume, candidate->incarnation) &&
-		    candidate->synced_sequence > volume->last_sequence)
-			return true;
-	}
-	for (at = volume->head_offset_bytes; memory_is_head && at < segment_bytes;
-	     at += MP_BLOCK_BYTES) {
-		int64_t length;
-		const struct mp_record *record = record_at(engine, recovery->memory, at, &length);
+	for (; offset_bytes < engine->super.log_segment_bytes; offset_bytes += MP_BLOCK_BYTES) {
+		const struct mp_record *record =
+			record_at(engine, recovery->memory, offset_bytes, &length);
 		if (record && memcmp(record->volume, volume->id, sizeof record->volume) == 0 &&
+		    record->segment_ordinal >= volume->head_ordinal &&
 		    incarnation_follows(volume, record->incarnation) &&
 		    record->synced_sequence > volume->last_sequence)
 			return true;
 	}
 	return false;
+}
+
+static bool may_tell(const struct recovery *recovery, const struct volume *volume, uint32_t segment)
+{
+	const struct candidate *candidate = &recovery->candidates[segment];
+
+	if (recovery->engine->segments[segment].state == SEGMENT_CHAIN)
+		return false;
+	return candidate->suspect ||
+	       (candidate->valid && candidate->ordinal > volume->head_ordinal &&
+		memcmp(candidate->volume, volume->id, sizeof candidate->volume) == 0 &&
+		incarnation_follows(volume, candidate->incarnation));
+}
+
+/* Does anything behind the end prove that the chain was synced further than it goes? 1: yes. A
+ * damaged record at the start of a segment hides the whole of it from next_segment, so segments
+ * that do not begin as they should are read, too. */
+static int synced_beyond(struct recovery *recovery, const struct volume *volume,
+			 bool memory_is_head)
+{
+	const struct mp_engine *engine = recovery->engine;
+	uint32_t i;
+
+	if (volume->synced_sequence > volume->last_sequence ||
+	    (memory_is_head && memory_tells(recovery, volume, volume->head_offset_bytes)))
+		return 1;
+	for (i = 0; i < engine->segment_count; i++) {
+		int rc = may_tell(recovery, volume, i) ? load_segment(recovery, i) : 1;
+
+		if (rc < 0)
+			return rc;
+		if (rc == 0 && memory_tells(recovery, volume, 0))
+			return 1;
+	}
+	return 0;
 }
 
 /* What lies behind the damage is the operator's: keep those segments from being used again. */
@@ -373,9 +362,10 @@ static void preserve(const struct recovery *recovery, const struct volume *volum
 
 	for (i = 0; i < engine->segment_count; i++) {
 		const struct candidate *candidate = &recovery->candidates[i];
-		if ((candidate->valid || candidate->behind_damage) &&
-		    engine->segments[i].state == SEGMENT_FREE &&
-		    memcmp(candidate->volume, volume->id, sizeof candidate->volume) == 0) {
+		if (engine->segments[i].state == SEGMENT_FREE &&
+		    (candidate->suspect ||
+		     (candidate->valid &&
+		      memcmp(candidate->volume, volume->id, sizeof candidate->volume) == 0))) {
 			engine->segments[i].state = SEGMENT_WAITING;
 			/* no checkpoint frees it */
 			engine->segments[i].released_serial = UINT64_MAX;
@@ -420,9 +410,10 @@ static int follow_chain(struct recovery *recovery, struct volume *volume)
 		if (volume->head_offset_bytes == 0)
 			break; /* its first record has a good header and bad data: the end */
 	}
-	if (synced_beyond(recovery, volume, loaded))
+	rc = synced_beyond(recovery, volume, loaded);
+	if (rc == 1)
 		damaged(recovery, volume);
-	return 0;
+	return rc < 0 ? rc : 0;
 }
 
 /* ---- the whole ---- */

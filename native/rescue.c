@@ -6,8 +6,8 @@
  *
  *   drain       nothing new is submitted; wait for what is in flight
  *   copy        each volume with unsynced records goes on in fresh segments: applied records are
- *   read back, verified,
- *               linked anew and written; then those that were in flight, from the guests' buffers
+ *               read back, verified, linked anew and written; then those that were in flight, from
+ *               the guests' buffers
  *   sync        one for all
  *   checkpoint  it names positions in the new segments: from here on recovery follows them
  *   settle      acknowledge in order; the old segments wait for the next checkpoint

@@ -187,7 +187,7 @@ int volume_open(struct mp_engine *engine, const struct command *command)
 	if (dirty && (at < volume->destaged_sequence || at > volume->applied_sequence))
 		return -ESTALE; /* the store's image is not the one these records continue */
 	same = dirty || at == volume->applied_sequence;
-	if (!command->flag)
+	if (!command->flag && !fault(engine, MP_FAULT_KEEP_STALE_SLOTS))
 		volume->origin = engine->next_origin++;
 	if (same) {
 		destaged(volume, at);

@@ -28,6 +28,7 @@ from hostile.spoiling import Region
 
 E = TypeVar("E", bound=Event)
 RUN_BLOCKS = 32
+SETTLE_TURNS = 100
 SUPER_COPIES = (0, 65536)
 
 
@@ -42,6 +43,8 @@ def make_world(seed: int, *, clean: bool) -> World:
         if world.guest.is_done:
             break
     assert world.guest.is_done
+    for _ in range(SETTLE_TURNS):  # the record that tells of the flush's sync comes 50 ms later
+        world.turn()
     if clean:
         world.stop()
     world.cache.die()

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 
 import pytest
+
 from hostile.forked import Broken, in_fork
 from hostile.spoiled_cache import Spoiled, make_world, regions
 from hostile.spoiling import damage
@@ -78,7 +79,8 @@ def test_damaged_cache_device_shows_right_data_or_an_error(
             with noted(done.text):
                 return done.text + "\n" + Spoiled(world, newest_only=not done.cut).outlive()
 
-        return tuple(in_fork(work).rsplit("\n", 1))
+        text, outcome = in_fork(work).rsplit("\n", 1)
+        return text, outcome
 
     name = f"damaged cache device, {'stopped' if clean else 'killed'}"
     outcomes = run_cases(name, record_property, seed, case)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from millpond.native.drivers import Sim
-
 from sim.history import Kind, Op
 from sim.oracle import Disk, Illegal, Mutation, ReadTicket
 
@@ -65,7 +64,7 @@ class Guest:
         """Fill up what may be in flight, in one piece."""
         if self._sim is None:
             return
-        out = []
+        out: list[bytes] = []
         while self.ops and len(self.in_flight) < self.depth and not self.pausing:
             if self.ops[0].kind is Kind.PAUSE:
                 self.pausing = True

@@ -48,16 +48,18 @@ class Shape:
     large_percent: int = 20  # of the writes
     large_bytes: int = 640 * KIB  # at most
     longest_blocks: int = 100  # of trims and reads; 1: every request is one block
+    read_percent: int = 13
     depth: int = 0  # requests in flight; 0: by the seed
 
 
 # usual: everything. small: one block after the other, so that records fit where others were.
-# wrap: large ones, so that the log and the slots are used again and again.
+# wrap: large ones, so that the log is used again and again. reread: what is in slots is written.
 SHAPES: Mapping[str, Shape] = MappingProxyType(
     {
         "usual": Shape(),
         "small": Shape(blocks=64, hot_blocks=4, large_percent=0, longest_blocks=1, depth=1),
         "wrap": Shape(large_percent=40),
+        "reread": Shape(requests=300, blocks=256, large_percent=50, read_percent=40),
     }
 )
 
@@ -70,8 +72,10 @@ def make_history(seed: int, shape: Shape) -> tuple[Op, ...]:
 
 
 def _make_op(rng: random.Random, number: int, shape: Shape) -> Op:
-    dice = rng.randrange(100)
     fua = rng.randrange(12) == 0
+    if rng.randrange(100) < shape.read_percent:
+        return Op(Kind.READ, *_range(rng, shape))
+    dice = rng.randrange(87)
     if dice < 58:
         offset, length = _write_range(rng, shape)
         return Op(Kind.WRITE, offset, length, _data(rng, number, length), fua)
@@ -83,9 +87,6 @@ def _make_op(rng: random.Random, number: int, shape: Shape) -> Op:
         return Op(Kind.ZERO, offset, length, fua=fua)
     if dice < 84:
         return Op(Kind.FLUSH)
-    if dice < 97:
-        offset, length = _range(rng, shape)
-        return Op(Kind.READ, offset, length)
     return Op(Kind.PAUSE)
 
 
@@ -110,7 +111,7 @@ def _write_range(rng: random.Random, shape: Shape) -> tuple[int, int]:
 
 
 def _range(rng: random.Random, shape: Shape) -> tuple[int, int]:
-    """Of a trim, a write of zeroes or a read: short ones, long ones (range tombstones), odd ones."""
+    """Of a trim, a write of zeroes or a read: short, long (range tombstones), and odd ones."""
     if shape.longest_blocks == 1:
         return rng.randrange(shape.hot_blocks) * BLOCK, BLOCK
     dice = rng.randrange(4)

@@ -12,7 +12,6 @@ from millpond.native import ffi, lib, record
 from millpond.native.drivers import Sim, SimOptions, destroy
 from millpond.native.engine import Engine, EngineOptions, NativeError
 from millpond.native.store import StoreCore, StoreOpenError, StoreOptions, format_store
-
 from sim.oracle import Illegal
 
 MIB = 1 << 20
@@ -159,6 +158,16 @@ class StoreNode:
                 frame, length = found
                 self.replies[frame.request_id] = frame
                 del stream[:length]
+
+    def call(self, frame_type: int, payload: bytes) -> record.Frame:
+        """A frame of the tester's own, and its reply."""
+        request = self.send(frame_type, payload, connection=1)
+        for _ in range(10_000):
+            self.collect(1)
+            if request in self.replies:
+                return self.replies.pop(request)
+            self.step()
+        raise Illegal("the store does not answer")
 
     def image(self, volume: bytes, block_count: int) -> bytes:
         """A volume as the store has it, read frame by frame, verified as a cache would."""

@@ -66,6 +66,11 @@ def always(_: Mutation) -> bool:
     return True
 
 
+def never(_: Mutation) -> bool:
+    """None."""
+    return False
+
+
 def is_acknowledged(mutation: Mutation) -> bool:
     """What a crash of the daemon may not take."""
     return mutation.acknowledged is not None
@@ -198,13 +203,12 @@ class Disk:
         image: bytes,
         *,
         required: Callable[[Mutation], bool],
-        possible: Callable[[Mutation], bool] = always,
+        impossible: Iterable[Mutation] = (),
     ) -> set[Mutation]:
         """The mutations that this image does not show, as few as can be.  Illegal."""
         search = _Search(self, image, required)
-        for mutation in self.mutations:
-            if not possible(mutation):
-                search.leave_out(mutation, "it is newer than the position")
+        for mutation in impossible:
+            search.leave_out(mutation, "it is newer than the position")
         search.run()
         return search.left_out
 
@@ -216,20 +220,16 @@ class Disk:
         if sequence > count:
             raise Illegal(f"position {sequence}, but only {count} mutations were ever sent")
 
-        def possible(mutation: Mutation) -> bool:
-            return bisect_left(acknowledged, mutation.submitted) < sequence
-
         def required(mutation: Mutation) -> bool:
             if mutation.acknowledged is None:
                 return False
             after = count - bisect_right(submitted, mutation.acknowledged)
             return count - 1 - after < sequence
 
-        self.explain(image, required=required, possible=possible)
+        newer = [m for m in self.mutations if bisect_left(acknowledged, m.submitted) >= sequence]
+        self.explain(image, required=required, impossible=newer)
 
-    def recovered(
-        self, image: bytes, sequence: int, required: Callable[[Mutation], bool]
-    ) -> None:
+    def recovered(self, image: bytes, sequence: int, required: Callable[[Mutation], bool]) -> None:
         """A cache came back with this image at this position: what it does not show is gone.
 
         What it shows is on the device for good: recovery synced it.
@@ -240,7 +240,9 @@ class Disk:
         self._forget(gone)
         self.mutations = [mutation for mutation in self.mutations if mutation not in gone]
         if len(self.mutations) != sequence:
-            raise Illegal(f"at position {sequence}, the image shows {len(self.mutations)} mutations")
+            raise Illegal(
+                f"at position {sequence}, the image shows {len(self.mutations)} mutations"
+            )
         self.now += 1
         for mutation in self.mutations:
             mutation.durable = True
@@ -270,12 +272,7 @@ class Disk:
             if last in gone or required(last):
                 continue
             try:
-                more = self.explain(
-                    image,
-                    required=required,
-                    possible=lambda mutation, last=last: mutation not in gone
-                    and mutation is not last,
-                )
+                more = self.explain(image, required=required, impossible=gone | {last})
             except Illegal:
                 continue
             if len(self.mutations) - len(more) >= sequence:

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 import pytest
 
 from millpond.native import lib
-from sim.sweep import Caught, Place, run_place
+from sim.sweep import TO_THE_END_EVERY, Caught, Place, run_place
 
-WORLDS_MAX = 600
+WORLDS_MAX = 1500
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,7 @@ class Fault:
     name: str
     modes: tuple[str, ...]
     shape: str = "usual"
+    to_the_end: bool = False  # only worlds that go on to the end after the cut
 
     @property
     def is_of_store(self) -> bool:
@@ -35,7 +36,7 @@ class Fault:
             place = Place(
                 self.modes[count % len(self.modes)],
                 seed=1 + count % 7,
-                cut_after=1 + count * 37 % 251,
+                cut_after=self._cut_after(count),
                 shape=self.shape,
             )
             if place.mode == "none":
@@ -44,6 +45,11 @@ class Fault:
                 yield replace(place, store_faults=bit)
             else:
                 yield replace(place, engine_faults=bit)
+
+    def _cut_after(self, count: int) -> int:
+        if self.to_the_end:
+            return TO_THE_END_EVERY * (1 + count * 7 % 31)
+        return 1 + count * 37 % 251
 
 
 FAULTS = (
@@ -54,7 +60,7 @@ FAULTS = (
     Fault("MP_FAULT_SHIP_UNSYNCED", ("cache-power", "cache-torn")),
     Fault("MP_FAULT_NO_INCARNATION", ("cache-torn",), "small"),
     Fault("MP_FAULT_NO_BLOCK_LOCK", ("none",)),
-    Fault("MP_FAULT_KEEP_STALE_SLOTS", ("cache-crash",), "wrap"),
+    Fault("MP_FAULT_KEEP_STALE_SLOTS", ("cache-crash",), "reread", to_the_end=True),
     Fault("MP_FAULT_STALE_FILL", ("none",), "wrap"),
     Fault("MP_FAULT_DROP_TOMBSTONE", ("none",)),
     Fault("MP_FAULT_CUT_WITHOUT_LAST", ("none",)),

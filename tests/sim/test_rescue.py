@@ -7,7 +7,6 @@ succeeds does not save it, as on real disks.  So these worlds lose power some ti
 import pytest
 
 from millpond.native.drivers import Op
-
 from sim.world import Settings, World
 
 FIRST = 4  # the failures before these meet recovery, which refuses to open

@@ -13,7 +13,7 @@ Failure modes: Illegal.  Nothing that a core refuses or fails is expected here.
 
 import errno
 import random
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -21,7 +21,8 @@ from millpond.cache import positions
 from millpond.cache.errors import VolumeRefused
 from millpond.cache.replicas import VolumeRecord
 from millpond.native import ffi, lib, record
-from millpond.native.drivers import Op, SimOptions
+from millpond.native.drivers import Op as DiskOp
+from millpond.native.drivers import SimOptions
 from millpond.native.engine import (
     Batch,
     DirtyClear,
@@ -39,13 +40,13 @@ from millpond.native.engine import (
 from millpond.native.store import StoreOptions, VolumeState
 from millpond.store.catalogue import Catalogue
 from millpond.store.wire import Frame
-
 from sim.guest import Guest, read_image
-from sim.history import BLOCK, KIB, Shape, make_history
+from sim.history import BLOCK, KIB, Kind, Op, Shape, make_history
 from sim.nodes import CACHE_ID, MIB, CacheNode, StoreNode, WorldEnded
-from sim.oracle import Disk, Illegal, is_acknowledged, is_durable
+from sim.oracle import Disk, Illegal, Mutation, always, is_acknowledged, is_durable, never
 
 T = TypeVar("T")
+Promise = Callable[[Mutation], bool]
 VOLUME = b"volume of a test"
 TURNS_MAX = 60_000
 OUTAGE_TURNS = 40  # how long the guest goes on alone, at most
@@ -69,7 +70,9 @@ class Settings:
     cut_again_after: int = 0  # of the next life of what fell
     requests_after_cut: int = 10
     checkpoint_bytes: int = 2 * MIB  # of log, between the cache's checkpoints
-    fail_op: Op | None = None  # the cache's disk fails the fail_io'th of these, in its first life
+    fail_op: DiskOp | None = (
+        None  # the cache's disk fails the fail_io'th of these, in its first life
+    )
     fail_io: int = 0
     engine_faults: int = 0
     store_faults: int = 0
@@ -126,12 +129,8 @@ class World:
             self.disk, make_history(settings.seed, settings.shape), depth=settings.depth
         )
         self.guest.acknowledged = self._check_dirty_on_record
-        self.cache = CacheNode(
-            EngineOptions(
-                checkpoint_every_bytes=settings.checkpoint_bytes,
-                test_faults=settings.engine_faults,
-            )
-        )
+        self.cache_id = CACHE_ID
+        self.cache = self._make_cache()
         self.store = StoreNode(
             StoreOptions(
                 segment_bytes=MIB,
@@ -151,7 +150,7 @@ class World:
         self._link = 2  # connections at the store: fetch, destage (the next one)
         self._to_store, self._to_cache, self._batch_replies = Pipe(), Pipe(), Pipe()
         self._events: list[Event] = []
-        self._promised = is_acknowledged  # what the last fall of the cache may not take
+        self._promised: Promise = is_acknowledged  # what the last fall of the cache may not take
         self._loses_power: dict[str, bool] = {}
         for name in ("cache", "store"):
             self._set_options(name, settings.cut_after if name == settings.cut else 0)
@@ -161,6 +160,13 @@ class World:
         for node in (self.cache, self.store):
             node.die()
             node.sim.close()
+
+    def _make_cache(self) -> CacheNode:
+        settings = self.settings
+        options = EngineOptions(
+            checkpoint_every_bytes=settings.checkpoint_bytes, test_faults=settings.engine_faults
+        )
+        return CacheNode(options, self.cache_id)
 
     def _set_options(self, name: str, crash_after_io: int) -> None:
         settings = self.settings
@@ -218,6 +224,9 @@ class World:
             raise Illegal("requests hang")
         self.drain()
         self.check_image()
+        socket = self._socket()
+        image = read_image(self.cache.sim, socket, len(self.disk.blocks) * BLOCK, self.turn)
+        self.disk.explain(image, required=always)
 
     def drain(self) -> None:
         """Destage everything."""
@@ -227,6 +236,17 @@ class World:
                 return
             self.turn()
         raise Illegal("destage hangs")
+
+    def flush(self) -> None:
+        """One more FLUSH of the guest, and its reply."""
+        self.guest.ops.append(Op(Kind.FLUSH))
+        while not self.guest.is_done:
+            self.turn()
+
+    def crash_cache(self) -> None:
+        """The cache's process ends, now."""
+        self._fall_of_cache()
+        self._lose_link()
 
     def stop(self) -> None:
         """The engine stops cleanly."""
@@ -264,13 +284,32 @@ class World:
             self.store.die()
             self._set_options("store", again if self.settings.cut == "store" else 0)
         if cache_fell:
-            self._stale = self._stale or self._batch
-            self._batch = None
-            self._want_cut = self._cutting = self._clearing = self.need_dirty = False
-            self.cache.die()
-            self.guest.detach()
-            self._promised = is_durable if self._loses_power["cache"] else is_acknowledged
+            self._fall_of_cache()
             self._set_options("cache", again if self.settings.cut == "cache" else 0)
+
+    def lose_cache(self, cache_id: bytes) -> CacheNode:
+        """The cache's machine is gone; another one takes over what the store has.
+
+        Returns what was lost, down.
+        """
+        lost = self.cache
+        self._fall_of_cache()
+        self._lose_link()
+        self.check_image()
+        self.cache_id, self._promised = cache_id, never
+        self.cache = self._make_cache()
+        self._set_options("cache", 0)
+        self.cache.start()
+        self._open_volume(accept_loss=True)
+        return lost
+
+    def _fall_of_cache(self) -> None:
+        self._stale = self._stale or self._batch
+        self._batch = None
+        self._want_cut = self._cutting = self._clearing = self.need_dirty = False
+        self.cache.die()
+        self.guest.detach()
+        self._promised = is_durable if self._loses_power["cache"] else is_acknowledged
 
     def _lose_link(self) -> None:
         for pipe in (self._to_store, self._to_cache, self._batch_replies):
@@ -307,7 +346,7 @@ class World:
         self.created = True
         if state.epoch < self.epoch:
             raise Illegal(f"epoch {state.epoch} after it was {self.epoch}")
-        if self.dirty_recorded and state.dirty_holder != CACHE_ID:
+        if self.dirty_recorded and state.dirty_holder != self.cache_id:
             raise Illegal("'dirty' was recorded and is not on record")
         self.check_image()
 
@@ -321,7 +360,8 @@ class World:
         elif self._batch is not None:
             self.store.core.feed(self._link + 1, self._batch)
 
-    def _record(self) -> VolumeRecord:
+    def record(self) -> VolumeRecord:
+        """The volume as the store tells it."""
         state = self.catalogue.get(VOLUME)
         return VolumeRecord(
             name=state.name,
@@ -334,30 +374,32 @@ class World:
             open_holder=state.open_holder.hex() if any(state.open_holder) else None,
         )
 
-    def _open_volume(self) -> None:
+    def _open_volume(self, *, accept_loss: bool = False) -> None:
         """Compare-and-swap at the store, then the engine, then the guest; as cache/volumes.py."""
-        before = self._record()
+        before = self.record()
         known = self.known()
+        if known is not None and known.is_failed:
+            raise Illegal(f"VolumeFailed in recovery: {known.error}")
         try:
-            positions.check_still_ours(before, known, CACHE_ID)
+            positions.check_still_ours(before, known, self.cache_id)
         except VolumeRefused as error:
             raise Illegal(f"the cache refuses its volume: {error}") from error
         lineage = self.rng.getrandbits(63) + 1
         after = self.call(
             self.catalogue.open(
                 VOLUME,
-                cache_id=CACHE_ID,
+                cache_id=self.cache_id,
                 lineage=lineage,
                 first_sequence=positions.first_sequence_of(before, known),
                 expected_epoch=before.epoch,
-                accept_loss=False,
+                accept_loss=accept_loss,
             )
         )
         self.epoch = after.epoch
         engine = self.cache.engine
-        keep_slots = positions.slots_are_valid(before, known, CACHE_ID)
+        keep_slots = positions.slots_are_valid(before, known, self.cache_id)
         opened = self._open_engine(after, lineage, keep_slots=keep_slots)
-        self.dirty_recorded = after.dirty_holder == CACHE_ID
+        self.dirty_recorded = after.dirty_holder == self.cache_id
         if self.dirty_recorded:
             engine.dirty_recorded(VOLUME, True)
         engine.link(0, up=True)
@@ -392,13 +434,18 @@ class World:
         raise Illegal("the engine does not open the volume")
 
     def _connect_guest(self, sequence: int) -> None:
-        socket = self.cache.sim.socket()
-        self.cache.engine.connect(VOLUME, socket, read_only=False, received=b"", cookie=self.falls)
+        socket = self._socket()
         blocks = self.settings.shape.blocks
         if self.disk.mutations:
             image = read_image(self.cache.sim, socket, blocks * BLOCK, self.turn)
             self.disk.recovered(image, sequence, self._promised)
         self.guest.attach(self.cache.sim, socket)
+
+    def _socket(self) -> int:
+        """A new connection to the volume."""
+        socket = self.cache.sim.socket()
+        self.cache.engine.connect(VOLUME, socket, read_only=False, received=b"", cookie=self.falls)
+        return socket
 
     def known(self) -> VolumeStatus | None:
         """What the device remembers of the volume."""
@@ -444,11 +491,7 @@ class World:
             self._clearing = False
             if event.status == 0 and self.store.is_up:
                 self.dirty_recorded = False
-                self.call(
-                    self.catalogue.set_dirty(
-                        VOLUME, epoch=self.epoch, cache_id=CACHE_ID, dirty=False
-                    )
-                )
+                self._set_dirty(False)
         elif isinstance(event, Batch):
             self._cut_done(event)
         else:
@@ -461,9 +504,14 @@ class World:
         if acknowledged > self.confirmed:
             raise Illegal("a write was acknowledged before 'dirty' was on record")
 
+    def _set_dirty(self, dirty: bool) -> None:
+        self.call(
+            self.catalogue.set_dirty(VOLUME, epoch=self.epoch, cache_id=self.cache_id, dirty=dirty)
+        )
+
     def _record_dirty(self) -> None:
         self.call(
-            self.catalogue.set_dirty(VOLUME, epoch=self.epoch, cache_id=CACHE_ID, dirty=True)
+            self.catalogue.set_dirty(VOLUME, epoch=self.epoch, cache_id=self.cache_id, dirty=True)
         )
         self.need_dirty = False
         self.dirty_recorded = True
