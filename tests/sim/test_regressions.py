@@ -1,4 +1,4 @@
-"""Situations in which the engine once lost data, showed wrong data, failed or hung; each by its name.
+"""Situations in which the engine once lost or mixed up data, failed or hung; each by its name.
 
 Failure modes: Illegal, or an assertion that says what a guest saw.
 """
