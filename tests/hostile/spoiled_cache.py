@@ -90,7 +90,7 @@ class Spoiled:
 
     def _open(self) -> None:
         world = self.world
-        before, known = world._record(), world.known()
+        before, known = world.record(), world.known()
         positions.check_still_ours(before, known, CACHE_ID)
         after = world.call(
             world.catalogue.open(
