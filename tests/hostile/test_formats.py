@@ -58,6 +58,13 @@ def run_cases(
 
 
 @pytest.mark.parametrize("clean", [True, False], ids=["stopped", "killed"])
+def test_cache_device_that_nobody_spoiled_is_whole(clean: bool) -> None:
+    for seed in range(WORLDS):
+        world = cache_world(seed, clean)
+        assert in_fork(Spoiled(world, newest_only=True).outlive) == "whole"
+
+
+@pytest.mark.parametrize("clean", [True, False], ids=["stopped", "killed"])
 def test_damaged_cache_device_shows_right_data_or_an_error(
     clean: bool, record_property: Record
 ) -> None:
