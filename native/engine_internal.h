@@ -465,6 +465,7 @@ int connection_open(struct mp_engine *engine, struct volume *volume, const struc
 void connections_ready(void *owner, void *context, uint32_t ready);
 void connections_resume(struct mp_engine *engine);  /* buffers came back: parse on */
 void connection_stop(struct connection *connection);
+void connections_free(struct mp_engine *engine);
 
 /* nbdreply.c */
 void connections_flush(struct mp_engine *engine); /* end of a turn: replies, closing */
