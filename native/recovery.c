@@ -18,8 +18,9 @@
 /* First record of a segment outside the chains of the checkpoint: a chain may go on there. */
 struct candidate {
 	uint8_t volume[16];
-	uint64_t ordinal, previous_checksum, incarnation, synced_sequence;
+	uint64_t ordinal, previous_checksum, incarnation;
 	bool valid;
+	bool suspect; /* not valid, yet something was written there: torn, or damaged */
 };
 struct recovery {
 	struct mp_engine *engine;
@@ -75,13 +76,13 @@ static int read_candidates(struct recovery *recovery)
 		if (rc < 0)
 			return (int)rc; /* a chain may go on there: to take it for ended could drop writes */
 		record = record_at(engine, recovery->memory, 0, &length);
+		candidate->suspect = !record && !mp_is_zero(recovery->memory, MP_BLOCK_BYTES);
 		if (!record)
 			continue;
 		memcpy(candidate->volume, record->volume, sizeof candidate->volume);
 		candidate->ordinal = record->segment_ordinal;
 		candidate->previous_checksum = record->previous_checksum;
 		candidate->incarnation = record->incarnation;
-		candidate->synced_sequence = record->synced_sequence;
 		candidate->valid = true;
 		if (record->incarnation >> 32 > engine->super.incarnation >> 32)
 			return complain(recovery, -EBADMSG,
@@ -287,35 +288,23 @@ static void adopt(struct volume *volume, uint32_t segment)
 	volume->head_offset_bytes = 0;
 }
 
-/* Does anything behind the end prove that the chain was synced further than it goes? Records behind the end count
- * only with a valid header of this volume; stale ones tell of lower sequences. */
-static bool synced_beyond(const struct recovery *recovery, const struct volume *volume,
-			  bool memory_is_head)
+/* Does the record at offset of memory, if there is one, prove that its chain was synced further than it goes?
+ * Stale ones tell of lower sequences, or are of an earlier incarnation. */
+static struct volume *proves_damage(const struct recovery *recovery, uint64_t offset_bytes)
 {
-	const struct mp_engine *engine = recovery->engine;
-	uint64_t at, segment_bytes = engine->super.log_segment_bytes;
-	uint32_t i;
+	struct mp_engine *engine = recovery->engine;
+	struct volume *volume;
+	int64_t length;
+	const struct mp_record *record = record_at(engine, recovery->memory, offset_bytes, &length);
 
-	if (volume->synced_sequence > volume->last_sequence)
-		return true;
-	for (i = 0; i < engine->segment_count; i++) {
-		const struct candidate *candidate = &recovery->candidates[i];
-		if (candidate->valid && candidate->ordinal > volume->head_ordinal &&
-		    memcmp(candidate->volume, volume->id, sizeof candidate->volume) == 0 &&
-		    incarnation_follows(volume, candidate->incarnation) &&
-		    candidate->synced_sequence > volume->last_sequence)
-			return true;
-	}
-	for (at = volume->head_offset_bytes; memory_is_head && at < segment_bytes;
-	     at += MP_BLOCK_BYTES) {
-		int64_t length;
-		const struct mp_record *record = record_at(engine, recovery->memory, at, &length);
-		if (record && memcmp(record->volume, volume->id, sizeof record->volume) == 0 &&
-		    incarnation_follows(volume, record->incarnation) &&
-		    record->synced_sequence > volume->last_sequence)
-			return true;
-	}
-	return false;
+	if (!record)
+		return NULL;
+	volume = volume_by_id(engine, record->volume);
+	if (!volume || volume->failed || record->segment_ordinal < volume->head_ordinal ||
+	    !incarnation_follows(volume, record->incarnation) ||
+	    record->synced_sequence <= volume->last_sequence)
+		return NULL;
+	return volume;
 }
 
 /* What lies behind the damage is the operator's: keep those segments from being used again. */
@@ -326,8 +315,9 @@ static void preserve(const struct recovery *recovery, const struct volume *volum
 
 	for (i = 0; i < engine->segment_count; i++) {
 		const struct candidate *candidate = &recovery->candidates[i];
-		if (candidate->valid && engine->segments[i].state == SEGMENT_FREE &&
-		    memcmp(candidate->volume, volume->id, sizeof candidate->volume) == 0) {
+		bool ours = candidate->valid && memcmp(candidate->volume, volume->id,
+						       sizeof candidate->volume) == 0;
+		if ((ours || candidate->suspect) && engine->segments[i].state == SEGMENT_FREE) {
 			engine->segments[i].state = SEGMENT_WAITING;
 			engine->segments[i].released_serial = UINT64_MAX; /* no checkpoint frees it */
 			engine->segments_free--;
@@ -341,6 +331,50 @@ static void damaged(const struct recovery *recovery, struct volume *volume)
 	preserve(recovery, volume);
 	volume_fail(volume, EIO, "the write log is damaged below a synced point; nothing was "
 				 "dropped, restore the device or accept the loss");
+}
+
+/* Look for proof behind the ends, in the segment in memory. */
+static void find_damage(const struct recovery *recovery, uint64_t from_bytes)
+{
+	uint64_t at, end = recovery->engine->super.log_segment_bytes;
+
+	for (at = from_bytes; at < end; at += MP_BLOCK_BYTES) {
+		struct volume *volume = proves_damage(recovery, at);
+		if (volume)
+			damaged(recovery, volume);
+	}
+}
+
+static bool may_prove(const struct recovery *recovery, uint32_t segment)
+{
+	const struct candidate *candidate = &recovery->candidates[segment];
+	const struct volume *volume;
+
+	if (recovery->engine->segments[segment].state == SEGMENT_CHAIN)
+		return false;
+	if (!candidate->valid)
+		return candidate->suspect;
+	volume = volume_by_id(recovery->engine, candidate->volume);
+	return volume && candidate->ordinal > volume->head_ordinal &&
+	       incarnation_follows(volume, candidate->incarnation);
+}
+
+/* The first record of a later segment need not prove anything, or is itself the damaged one: look at them all.
+ * A power cut leaves few such segments: those that were begun and lost their link. */
+static int look_beyond(struct recovery *recovery)
+{
+	uint32_t i;
+	int rc;
+
+	for (i = 0; i < recovery->engine->segment_count; i++) {
+		if (!may_prove(recovery, i))
+			continue;
+		rc = load_segment(recovery, i);
+		if (rc)
+			return rc;
+		find_damage(recovery, 0);
+	}
+	return 0;
 }
 
 static int follow_chain(struct recovery *recovery, struct volume *volume)
@@ -371,8 +405,10 @@ static int follow_chain(struct recovery *recovery, struct volume *volume)
 		if (volume->head_offset_bytes == 0)
 			break; /* its first record has a good header and bad data: the end */
 	}
-	if (synced_beyond(recovery, volume, loaded))
+	if (volume->synced_sequence > volume->last_sequence)
 		damaged(recovery, volume);
+	else if (loaded)
+		find_damage(recovery, volume->head_offset_bytes);
 	return 0;
 }
 
@@ -394,6 +430,8 @@ static int follow_chains(struct recovery *recovery)
 		volume->applied_incarnation = volume->head_incarnation;
 		volume->applied_ordinal = volume->head_ordinal;
 	}
+	if (rc == 0)
+		rc = look_beyond(recovery);
 	if (rc && !recovery->message[0])
 		complain(recovery, rc, "the write log cannot be read");
 	return rc;

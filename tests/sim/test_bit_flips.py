@@ -105,9 +105,12 @@ def quiet_world(seed: int, *, drained: bool) -> World:
     if drained:
         world.drain()
     world.flush()
-    for _ in range(4):
-        world.cache.step(PAUSE_NS)
-        world.store.step(PAUSE_NS)
+    for node in (world.cache, world.store):
+        for _ in range(40):
+            node.step()
+        node.sim.advance_ns(PAUSE_NS)
+        for _ in range(40):
+            node.step()
     return world
 
 

@@ -11,7 +11,6 @@ import pytest
 from millpond.native import lib
 from millpond.native.drivers import Op, SimOptions
 from millpond.native.engine import Batch, Closed, EngineOptions, NativeError
-
 from sim.nodes import MIB
 from sim.rig import BLOCK, READ, REPLY_BYTES, TRIM, WRITE, Rig
 
@@ -175,9 +174,7 @@ def test_more_idle_volumes_than_log_segments(rig: Rig) -> None:
 def test_destage_scans_while_more_is_written_and_synced() -> None:
     """What is synced after the scan read its place is not in the scan: it is no damage."""
     for seed in range(12):
-        latencies = SimOptions(
-            seed=seed, device_bytes=64 * MIB, latency_ns=3_000_000, reorder=True
-        )
+        latencies = SimOptions(seed=seed, device_bytes=64 * MIB, latency_ns=3_000_000, reorder=True)
         rig = Rig(sim=latencies)
         try:
             rig.start()
