@@ -35,8 +35,8 @@ from millpond.cli.foreground import (
 )
 from millpond.cli.output import format_size, parse_size
 from millpond.cli.run import BUSY, NOT_FOUND, USAGE, CommandError, run
-from millpond.store.catalogue import check_size
 from millpond.native.engine import VolumeStatus
+from millpond.store.catalogue import check_size
 from millpond.store.client import StoreClient
 from millpond.store.daemon import StoreDaemon
 from millpond.store.errors import Code, StoreError
@@ -258,10 +258,8 @@ async def check_nothing_lost(place: Place, address: str, *, accept_loss: bool) -
         await client.close()
 
 
-async def check_same_store(
-    place: Place, address: str, remembered: Sequence[VolumeStatus]
-) -> None:
-    """A store that lacks what the cache holds is not the store of this cache, whatever its names."""
+async def check_same_store(place: Place, address: str, remembered: Sequence[VolumeStatus]) -> None:
+    """A store that lacks what the cache holds is not this cache's, whatever its names."""
     client = await StoreClient.connect(
         address, role="control", client_id=Chance().new_id(), client_name="millpond up"
     )

@@ -1,8 +1,10 @@
 /* cacheformat.c - the cache device's layout and superblocks: make, check, load, write.
  *
- * Layout: superblock copies at byte 0 and 65536 | 1 MiB | checkpoint area 0 | checkpoint area 1 | log segments | slots.
- * Happy path of format: clear both superblocks, sync -> write the log once (unwritten extents of a file would add a journal
- * commit to every sync), sync -> superblock, sync. A crash before the last step leaves a device without superblock.
+ * Layout: superblock copies at byte 0 and 65536 | 1 MiB | checkpoint area 0 | checkpoint area 1 |
+ * log segments | slots.
+ * Happy path of format: clear both superblocks, sync -> write the log once (unwritten extents of a
+ * file would add a journal commit to every sync), sync -> superblock, sync. A crash before the last
+ * step leaves a device without superblock.
  * Failure modes: too small; a failed write: one line, and the device is not a cache.
  */
 #include <inttypes.h>
@@ -56,7 +58,8 @@ int super_check(const struct mp_cache_super *super, uint64_t device_bytes, char 
 	}
 	if (end > device_bytes) {
 		snprintf(message, message_bytes,
-			 "the cache device is shorter (%" PRIu64 " bytes) than it was formatted for "
+			 "the cache device is shorter (%" PRIu64 " bytes) than it was formatted "
+			 "for "
 			 "(%" PRIu64 " bytes)", device_bytes, end);
 		return -EPROTO;
 	}
@@ -67,11 +70,13 @@ int super_check(const struct mp_cache_super *super, uint64_t device_bytes, char 
 	    super->slot_bytes < MP_BLOCK_BYTES || super->slot_bytes % MP_BLOCK_BYTES ||
 	    super->slot_bytes > MP_SLOT_BLOCKS_MAX * MP_BLOCK_BYTES || super->slot_count == 0 ||
 	    super->slot_count > INT32_MAX || end / MP_BLOCK_BYTES > UINT32_MAX ||
-	    !inside(super->log_offset_bytes, super->log_segment_count, super->log_segment_bytes, end) ||
+	    !inside(super->log_offset_bytes, super->log_segment_count, super->log_segment_bytes,
+		    end) ||
 	    !inside(super->slots_offset_bytes, super->slot_count, super->slot_bytes, end) ||
 	    !inside(super->checkpoint_offset_bytes[0], 1, super->checkpoint_capacity_bytes, end) ||
 	    !inside(super->checkpoint_offset_bytes[1], 1, super->checkpoint_capacity_bytes, end)) {
-		snprintf(message, message_bytes, "the superblock of the cache device makes no sense");
+		snprintf(message, message_bytes,
+			 "the superblock of the cache device makes no sense");
 		return -EPROTO;
 	}
 	return 0;
@@ -139,7 +144,8 @@ static uint64_t round_up(uint64_t value, uint64_t unit)
 	return (value + unit - 1) / unit * unit;
 }
 
-/* Room for the largest checkpoint: every index entry, tombstone, segment, volume and slot at once. */
+/* Room for the largest checkpoint: every index entry, tombstone, segment, volume and slot at
+ * once. */
 static uint64_t checkpoint_bytes(uint64_t segments, uint64_t log_bytes, uint64_t slots,
 				 uint64_t slot_bytes)
 {
@@ -215,7 +221,8 @@ int mp_cache_format(struct mp_driver *driver, const struct mp_cache_format_optio
 	if (slot < MP_BLOCK_BYTES || slot > MP_SLOT_BLOCKS_MAX * MP_BLOCK_BYTES ||
 	    (slot & (slot - 1)) || plan(&super, options)) {
 		snprintf(message, message_bytes,
-			 "%" PRIu64 " bytes with a log of %" PRIu64 " bytes are too small for a cache: "
+			 "%" PRIu64 " bytes with a log of %" PRIu64 " bytes are too small for a "
+			 "cache: "
 			 "the log needs %d segments of %d bytes, and slots the rest",
 			 options->device_bytes, options->log_bytes, SEGMENTS_MIN,
 			 MP_CACHE_SEGMENT_BYTES);

@@ -1,19 +1,22 @@
 /* checkpoint.c - the log index and the slot table, saved, so that log segments may be used again.
  *
- * Order, each step durable before the next: body (volumes, segment table, tombstones as of one instant; then index and
- * slots as they are when the walk passes) -> header -> one sync, which also covers every log record that is applied ->
- * superblock (the other copy) -> sync -> segments released before it began are free.
- * Two areas take turns, so that the last checkpoint stays whole until the superblock names the next.
+ * Order, each step durable before the next: body (volumes, segment table, tombstones as of one
+ * instant; then index and slots as they are when the walk passes) -> header -> one sync, which also
+ * covers every log record that is applied -> superblock (the other copy) -> sync -> segments
+ * released before it began are free.
+ * Two areas take turns, so that the last checkpoint stays whole until the superblock names the
+ * next.
  *
- * Why the fuzzy parts are right: recovery replays the log from each volume's position in the captured part. Whatever
- * the walk saw that is newer was applied before the sync, so its record is durable and replayed as well. What the walk
- * missed because it was released meanwhile is in slots or at the store, and its segment is not used again before
- * the next checkpoint. Tombstones are captured first: what they hide may be saved, they hide it again. None is forgotten
- * before the end, because what is newer under it may be released only then (release.c).
+ * Why the fuzzy parts are right: recovery replays the log from each volume's position in the
+ * captured part. Whatever the walk saw that is newer was applied before the sync, so its record is
+ * durable and replayed as well. What the walk missed because it was released meanwhile is in slots
+ * or at the store, and its segment is not used again before the next checkpoint. Tombstones are
+ * captured first: what they hide may be saved, they hide it again. None is forgotten before the
+ * end, because what is newer under it may be released only then (release.c).
  *
  * What a crash leaves: before the superblock: the old checkpoint, whole. After: the new one.
- * Failure modes: a failed write: begun again, CHECKPOINT_FAILURES_MAX times, then the engine fails. A failed sync puts the
- * log's unsynced records in doubt as well: rescue.c, then begun again.
+ * Failure modes: a failed write: begun again, CHECKPOINT_FAILURES_MAX times, then the engine fails.
+ * A failed sync puts the log's unsynced records in doubt as well: rescue.c, then begun again.
  */
 #include <xxhash.h>
 #if defined(__x86_64__) && __has_include(<xxh_x86dispatch.h>)
@@ -181,8 +184,8 @@ static void completed(struct mp_engine *engine)
 	end(engine);
 }
 
-/* Without success. A superblock that was written may be on the device or not: until one like it is known to be,
- * neither the checkpoint that it names nor the one before may be overwritten. */
+/* Without success. A superblock that was written may be on the device or not: until one like it is
+ * known to be, neither the checkpoint that it names nor the one before may be overwritten. */
 static void give_up(struct mp_engine *engine)
 {
 	struct checkpoint *checkpoint = &engine->checkpoint;
@@ -240,7 +243,8 @@ static uint64_t area_offset_bytes(const struct mp_engine *engine)
 	return engine->super.checkpoint_offset_bytes[area];
 }
 
-/* Write whole blocks of what is in the buffer; the rest stays for the next, but for the last, which is padded. */
+/* Write whole blocks of what is in the buffer; the rest stays for the next, but for the last, which
+ * is padded. */
 static void flush(struct mp_engine *engine, bool last)
 {
 	struct checkpoint *checkpoint = &engine->checkpoint;
@@ -348,7 +352,8 @@ static void write_header(struct mp_engine *engine)
 	header->generation = engine->super.checkpoint_generation + 1;
 	header->slot_blocks = engine->slot_blocks;
 	header->checksum = mp_xxh3(&header->generation,
-				   sizeof *header - offsetof(struct mp_cache_checkpoint, generation));
+				   sizeof *header - offsetof(struct mp_cache_checkpoint,
+							     generation));
 	memset(checkpoint->buffer, 0, MP_BLOCK_BYTES);
 	memcpy(checkpoint->buffer, header, sizeof *header);
 	submit(engine, area_offset_bytes(engine), MP_BLOCK_BYTES);
@@ -379,7 +384,8 @@ static void write_super(struct mp_engine *engine)
 	submit(engine, engine->super_copy ? 0 : 65536, sizeof *super);
 }
 
-/* A sync of the log that begins from now on: it covers all that was written here, and all that is applied. */
+/* A sync of the log that begins from now on: it covers all that was written here, and all that is
+ * applied. */
 static bool synced(struct mp_engine *engine)
 {
 	struct checkpoint *checkpoint = &engine->checkpoint;
@@ -478,7 +484,8 @@ void checkpoint_step(struct mp_engine *engine)
 	}
 	if (!checkpoint->running && (!checkpoint->wanted || !begin(engine)))
 		return;
-	if (checkpoint->stage <= STAGE_INDEX && checkpoint->index_rebuilds != engine->index.rebuilds) {
+	if (checkpoint->stage <= STAGE_INDEX &&
+	    checkpoint->index_rebuilds != engine->index.rebuilds) {
 		end(engine); /* the table was rebuilt under the walk: begin again */
 		checkpoint->wanted = true;
 		return;

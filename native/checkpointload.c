@@ -1,7 +1,9 @@
 /* checkpointload.c - read the checkpoint that the superblock names, at recovery.
  *
- * Happy path: read it whole, verify header and body, take over volumes, segment table, tombstones, index and slots.
- * Failure modes: it does not verify, or makes no sense: one line, no start; nothing on the device was changed.
+ * Happy path: read it whole, verify header and body, take over volumes, segment table, tombstones,
+ * index and slots.
+ * Failure modes: it does not verify, or makes no sense: one line, no start; nothing on the device
+ * was changed.
  */
 #include <xxhash.h>
 #if defined(__x86_64__) && __has_include(<xxh_x86dispatch.h>)
@@ -115,7 +117,8 @@ static int load_index(struct mp_engine *engine, const uint8_t *in, uint64_t coun
 	return 0;
 }
 
-/* Slots of a volume that was forgotten keep its origin: nobody may get that again while they last. */
+/* Slots of a volume that was forgotten keep its origin: nobody may get that again while they
+ * last. */
 static void keep_origins_apart(struct mp_engine *engine, const uint8_t *in, uint64_t count)
 {
 	uint64_t i, bytes = mp_slots_entry_bytes(engine->slots);
@@ -184,7 +187,8 @@ int checkpoint_load(struct mp_engine *engine, char *message, uint64_t message_by
 				"the superblock names an impossible checkpoint");
 	memory = aligned_alloc(MP_BLOCK_BYTES, bytes);
 	if (!memory)
-		return complain(message, message_bytes, -ENOMEM, "no memory to load the checkpoint");
+		return complain(message, message_bytes, -ENOMEM,
+				"no memory to load the checkpoint");
 	for (at = 0; at < bytes && rc >= 0; at += CHECKPOINT_STEP_BYTES) {
 		uint64_t step = bytes - at < CHECKPOINT_STEP_BYTES ? bytes - at
 								   : CHECKPOINT_STEP_BYTES;
@@ -202,7 +206,8 @@ int checkpoint_load(struct mp_engine *engine, char *message, uint64_t message_by
 	free(memory);
 	if (rc == -EBADMSG)
 		complain(message, message_bytes, 0,
-			 "the checkpoint does not verify: the device is damaged; nothing was changed");
+			 "the checkpoint does not verify: the device is damaged; nothing was "
+			 "changed");
 	else if (rc < 0)
 		complain(message, message_bytes, 0,
 			 "the checkpoint cannot be loaded; nothing was changed");

@@ -17,16 +17,20 @@ enum {
 	APPENDS_MAX = 8,                     /* log records in flight per volume */
 	APPEND_EXTENTS_MAX = 480,            /* extents per log record: header stays below 64 KiB */
 	APPEND_BYTES_MAX = 1024 * 1024,      /* payload per log record; far below a segment */
-	APPEND_ZEROS_MAX = 512,              /* zero blocks in short runs per log record; see ledger.c */
+	/* zero blocks in short runs per log record; see ledger.c */
+	APPEND_ZEROS_MAX = 512,
 	APPEND_IOVECS_MAX = 500,             /* below MP_IOV_MAX */
-	SEGMENT_BYTES_MIN = 1536 * 1024,     /* of the log; MP_CACHE_SEGMENT_BYTES is usual, and most */
+	/* of the log; MP_CACHE_SEGMENT_BYTES is usual, and most */
+	SEGMENT_BYTES_MIN = 1536 * 1024,
 	RANGE_BLOCKS_MIN = 9,                /* trims from this many blocks on are tombstones */
 	TOMBSTONES_MAX = 65536,              /* per shard; more wait for destage and sweep */
 	SWEEP_STEPS = 256,                   /* table steps of sweeping per turn of the loop */
 	FETCHES_MAX = 4096,                  /* outstanding READ frames */
 	FETCH_ATTEMPTS = 3,                  /* of a reply that does not verify */
-	FILLS_MAX = 128,                     /* slot writes in flight; beyond it a miss is not installed */
-	PROMOTE_STEPS = 64,                  /* blocks looked at per turn when a segment is released */
+	/* slot writes in flight; beyond it a miss is not installed */
+	FILLS_MAX = 128,
+	/* blocks looked at per turn when a segment is released */
+	PROMOTE_STEPS = 64,
 	SCAN_STEP_BYTES = 512 * 1024,        /* one read of a segment scan */
 	CHECKPOINT_STEP_BYTES = 512 * 1024,  /* one write of a checkpoint */
 	INTERNAL_BYTES = 16 * 1024 * 1024,   /* of buffers, beyond what guest requests may take */
@@ -40,8 +44,8 @@ enum {
 
 /* Quiet time after a sync before a record tells recovery about it; see log.c. */
 #define SYNCED_RECORD_DELAY_NS 50000000ULL
-/* Filled slots are worth a checkpoint (a crash forgets those behind it): soon while one is cheap, else by the
- * bytes filled, so that checkpoints stay a small part of what is written. */
+/* Filled slots are worth a checkpoint (a crash forgets those behind it): soon while one is cheap,
+ * else by the bytes filled, so that checkpoints stay a small part of what is written. */
 #define CHECKPOINT_FILLS_NS 5000000000ULL
 #define CHECKPOINT_CHEAP_BYTES (32ULL * 1024 * 1024)
 #define CHECKPOINT_FILLS_BYTES (64ULL * 1024 * 1024)
@@ -50,9 +54,11 @@ enum {
 /* Ages of dirty data are known to this resolution. */
 #define AGE_RESOLUTION_NS 100000000ULL
 
-_Static_assert(APPEND_BYTES_MAX + 65536 + MP_BLOCK_BYTES < SEGMENT_BYTES_MIN, "record fits a segment");
+_Static_assert(APPEND_BYTES_MAX + 65536 + MP_BLOCK_BYTES < SEGMENT_BYTES_MIN,
+	       "record fits a segment");
 _Static_assert(MP_CACHE_SEGMENT_BYTES % SCAN_STEP_BYTES == 0, "a segment is whole scan steps");
-_Static_assert(MP_RECORD_HEADER_BYTES + APPEND_EXTENTS_MAX * MP_EXTENT_BYTES <= 65536, "header fits");
+_Static_assert(MP_RECORD_HEADER_BYTES + APPEND_EXTENTS_MAX * MP_EXTENT_BYTES <= 65536,
+	       "header fits");
 _Static_assert(SLICE_BYTES <= APPEND_BYTES_MAX, "one mutation fits one record");
 
 #endif

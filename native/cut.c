@@ -1,13 +1,17 @@
-/* cut.c - destage: cut a contiguous stretch of synced log, coalesce inside, encode it as one atomic batch.
+/* cut.c - destage: cut a contiguous stretch of synced log, coalesce inside, encode it as one atomic
+ * batch.
  *
- * Happy path: cut asked -> read the chain from the destaged position -> take records while they are synced, of one lineage
- * and within the size -> off the engine thread: verify their data, coalesce, compress, seal -> MP_EVENT_BATCH -> the
- * control plane ships the frame -> destaged(sequence).
- * A batch ends with a segment at the latest. It is a copy: nothing is pinned while it waits or travels.
+ * Happy path: cut asked -> read the chain from the destaged position -> take records while they are
+ * synced, of one lineage and within the size -> off the engine thread: verify their data, coalesce,
+ * compress, seal -> MP_EVENT_BATCH -> the control plane ships the frame -> destaged(sequence).
+ * A batch ends with a segment at the latest. It is a copy: nothing is pinned while it waits or
+ * travels.
  *
- * What a crash leaves: nothing of a batch is on the device. Whatever the store did not confirm is cut again.
- * Failure modes: a record or block that does not verify below the synced point: nothing is shipped, the volume fails
- * (EIO, loudly); only unsynced records: a sync is started and the answer is -ENODATA.
+ * What a crash leaves: nothing of a batch is on the device. Whatever the store did not confirm is
+ * cut again.
+ * Failure modes: a record or block that does not verify below the synced point: nothing is shipped,
+ * the volume fails (EIO, loudly); only unsynced records: a sync is started and the answer is
+ * -ENODATA.
  */
 #include "engine_internal.h"
 #include "encode.h"
@@ -38,7 +42,8 @@ static void cut_corrupt(struct mp_engine *engine)
 
 	volume->counters.log_checksum_errors++;
 	engine->counters.log_checksum_errors++;
-	volume_fail(volume, EIO, "the write log does not verify; destage stopped, nothing was dropped");
+	volume_fail(volume, EIO,
+		    "the write log does not verify; destage stopped, nothing was dropped");
 	cut_finish(engine, -EIO);
 }
 
@@ -114,7 +119,8 @@ static bool cut_locate(struct volume *volume)
 	const struct mp_engine *engine = volume->engine;
 	uint32_t at = volume->tail_segment;
 
-	if (volume->cut_segment != NO_SEGMENT && volume->cut_sequence <= volume->destaged_sequence + 1)
+	if (volume->cut_segment != NO_SEGMENT &&
+	    volume->cut_sequence <= volume->destaged_sequence + 1)
 		return true;
 	while (at != NO_SEGMENT && engine->segments[at].next != NO_SEGMENT &&
 	       engine->segments[engine->segments[at].next].first_sequence <=
@@ -166,7 +172,8 @@ static void begin(struct mp_engine *engine)
 	scan_start(engine, &cut->scan, volume->cut_segment, cut->parse_offset_bytes, scan_done);
 }
 
-/* Take the record at the parse position into the batch, or skip it. False: the batch ends before it. */
+/* Take the record at the parse position into the batch, or skip it. False: the batch ends before
+ * it. */
 static bool take_record(struct mp_engine *engine, const struct mp_record *record, uint64_t length)
 {
 	struct cut *cut = &engine->cut;

@@ -1,8 +1,10 @@
-/* encode.c - turn a stretch of log records in memory into one BATCH frame. Runs on the helper thread.
+/* encode.c - turn a stretch of log records in memory into one BATCH frame. Runs on the helper
+ * thread.
  *
- * Coalescing: each block travels once, as its newest mutation left it. Long trims and zeroes come first, in order of
- * sequence; then blocks (data, and short trims and zeroes), sorted, each newer than any long range over it. A store that
- * applies extents in order gets the state at the batch's last sequence.
+ * Coalescing: each block travels once, as its newest mutation left it. Long trims and zeroes come
+ * first, in order of sequence; then blocks (data, and short trims and zeroes), sorted, each newer
+ * than any long range over it. A store that applies extents in order gets the state at the batch's
+ * last sequence.
  * Failure modes: -EBADMSG a record or block does not verify: nothing is shipped; -ENOMEM.
  */
 #include "encode.h"
@@ -140,7 +142,8 @@ struct output {
 	const struct cut *cut;
 	uint8_t *bytes;
 	uint64_t length, capacity;
-	uint64_t record_at;        /* of the part being filled; its table and payload are kept apart */
+	/* of the part being filled; its table and payload are kept apart */
+	uint64_t record_at;
 	struct mp_extent *table;
 	uint32_t extents, parts;
 	uint8_t *payload;

@@ -4,7 +4,8 @@
 
 #include "engine_internal.h"
 
-/* Any thread: touches nothing but *cut and its memory. Returns the frame's bytes, or -EBADMSG: the log does not verify. */
+/* Any thread: touches nothing but *cut and its memory. Returns the frame's bytes, or -EBADMSG: the
+ * log does not verify. */
 int64_t batch_encode_log(const struct cut *cut, uint8_t **frame);
 
 bool scan_arrived(struct mp_engine *engine, struct scan *scan);

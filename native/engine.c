@@ -1,9 +1,11 @@
-/* engine.c - one shard's reactor: the turn, its start and its end, failures.
+/* engine.c - one shard's reactor: the turn, its start and its end, events, failures.
  *
- * A turn: wait (completions run, sockets are read) -> commands of the control plane -> connections that waited for
- * buffers -> appends -> sync -> background slices (destage, release, sweep, checkpoint) -> replies.
- * Failure modes: a failed log write or sync is rescued (rescue.c); when that fails too, acknowledging ends for good
- * (engine_fail): mutations and flushes get EIO, reads go on. A volume fails alone when its log does not verify, or when the store refuses it.
+ * A turn: wait (completions run, sockets are read) -> commands of the control plane -> connections
+ * that waited for buffers -> appends -> sync -> background slices (destage, release, sweep,
+ * checkpoint) -> replies.
+ * Failure modes: a failed log write or sync is rescued (rescue.c); when that fails too,
+ * acknowledging ends for good (engine_fail): mutations and flushes get EIO, reads go on. A volume
+ * fails alone when its log does not verify, or when the store refuses it.
  */
 #include "engine_internal.h"
 
@@ -94,359 +96,6 @@ void engine_fail(struct mp_engine *engine, int error, const char *what)
 	engine_event(engine, &event);
 }
 
-/* ---- volumes ---- */
-
-struct volume *volume_by_id(struct mp_engine *engine, const uint8_t *id)
-{
-	uint32_t i;
-
-	for (i = 0; i < engine->volume_count; i++)
-		if (engine->volumes[i] && memcmp(engine->volumes[i]->id, id, 16) == 0)
-			return engine->volumes[i];
-	return NULL;
-}
-
-struct volume *volume_new(struct mp_engine *engine, const uint8_t *id, uint32_t number)
-{
-	struct volume *volume = calloc(1, sizeof *volume);
-
-	if (!volume)
-		return NULL;
-	volume->engine = engine;
-	memcpy(volume->id, id, sizeof volume->id);
-	volume->seed = mp_volume_seed(id);
-	volume->number = number;
-	volume->origin = engine->next_origin++;
-	volume->tail_segment = volume->head_segment = volume->cut_segment = NO_SEGMENT;
-	volume->doomed_segment = NO_SEGMENT;
-	list_init(&volume->mutations);
-	list_init(&volume->ready);
-	list_init(&volume->appends);
-	list_init(&volume->held);
-	list_init(&volume->syncs);
-	pthread_mutex_lock(&engine->mutex);
-	engine->volumes[number] = volume;
-	if (number >= engine->volume_count)
-		engine->volume_count = number + 1;
-	pthread_mutex_unlock(&engine->mutex);
-	return volume;
-}
-
-void volume_free(struct volume *volume)
-{
-	if (!volume)
-		return;
-	/* The control plane looks for batches under the mutex: after this it finds none here. */
-	pthread_mutex_lock(&volume->engine->mutex);
-	volume->engine->volumes[volume->number] = NULL;
-	pthread_mutex_unlock(&volume->engine->mutex);
-	free(volume->tombstones.items);
-	free(volume->batch);
-	free(volume);
-}
-
-bool volume_is_idle(const struct volume *volume)
-{
-	const struct mp_engine *engine = volume->engine;
-
-	return volume->connections == 0 && list_is_empty(&volume->mutations) &&
-	       list_is_empty(&volume->held) && volume->appends_inflight == 0 &&
-	       volume->fills_inflight == 0 && volume->fetch_count == 0 &&
-	       engine->release.volume != volume && engine->cut.volume != volume &&
-	       !volume->cut_queued;
-}
-
-/* Forget what the log holds of an idle volume; its slots too when its origin changes. */
-static void volume_purge(struct volume *volume)
-{
-	struct mp_engine *engine = volume->engine;
-	uint32_t at = volume->tail_segment;
-	uint64_t i;
-
-	for (i = 0; i < engine->index.capacity; i++)
-		if (index_is_live(&engine->index.slots[i]) &&
-		    index_number(&engine->index.slots[i]) == volume->number)
-			index_delete(&engine->index, &engine->index.slots[i]);
-	while (at != NO_SEGMENT) {
-		struct segment *segment = &engine->segments[at];
-		at = segment->next;
-		segment->state = SEGMENT_WAITING;
-		segment->next = NO_SEGMENT;
-		segment->released_serial = engine->checkpoint.serial;
-		engine->segments_waiting++;
-	}
-	engine->tombstone_count -= volume->tombstones.count;
-	volume->tombstones.count = 0;
-	volume->tail_segment = volume->head_segment = volume->cut_segment = NO_SEGMENT;
-	volume->release_generation++;
-	pthread_mutex_lock(&engine->mutex);
-	cut_reset(volume);
-	pthread_mutex_unlock(&engine->mutex);
-	volume->age_count = 0;
-}
-
-/* A chain that starts anew: its first record names a random predecessor, so that no old segment continues it. */
-static void chain_start(struct volume *volume, uint64_t sequence)
-{
-	struct mp_engine *engine = volume->engine;
-
-	engine->driver->random_bytes(engine->driver->self, &volume->head_checksum,
-				     sizeof volume->head_checksum);
-	volume->head_offset_bytes = 0;
-	volume->head_incarnation = engine->super.incarnation;
-	volume->last_sequence = volume->applied_sequence = volume->synced_sequence = sequence;
-	volume->destaged_sequence = volume->logged_synced_sequence = sequence;
-	volume->syncing_sequence = sequence; /* a sync under way is of the old chain */
-	volume->applied_offset_bytes = 0;
-	volume->applied_checksum = volume->head_checksum;
-	volume->applied_incarnation = volume->head_incarnation;
-	volume->applied_ordinal = volume->head_ordinal;
-	volume->synced_position = volume->syncing_position = log_applied_position(volume);
-	volume->syncing_sequence = sequence;
-}
-
-static struct volume *volume_create(struct mp_engine *engine, const uint8_t *id)
-{
-	uint32_t number;
-
-	for (number = 0; number < VOLUMES_MAX; number++)
-		if (!engine->volumes[number])
-			return volume_new(engine, id, number);
-	for (number = 0; number < VOLUMES_MAX; number++) {
-		struct volume *old = engine->volumes[number];
-		if (!old->open && !old->failed && volume_is_idle(old) &&
-		    old->applied_sequence == old->destaged_sequence) {
-			volume_purge(old);
-			volume_free(old);
-			return volume_new(engine, id, number);
-		}
-	}
-	return NULL;
-}
-
-static void opened(struct volume *volume, const struct command *command)
-{
-	struct mp_engine *engine = volume->engine;
-
-	volume->size_bytes = command->size_bytes;
-	volume->epoch = command->epoch;
-	volume->lineage = command->lineage;
-	volume->open = true;
-	volume->dirty_asked = volume->dirty_ready_told = false;
-	/* Dirty records of an earlier life do not prove that it is on record: they may be ones that were
-	 * never acknowledged, because the crash came before the record. Who opens knows, and tells. */
-	volume->dirty_recorded = false;
-	if (volume->applied_sequence > volume->destaged_sequence) {
-		volume->dirty_ready_told = true;
-		engine_volume_event(volume, MP_EVENT_DIRTY_READY, 0, 0);
-	}
-	/* The start of a chain must be on the device before its first record: recovery begins there. And the device
-	 * remembers every epoch, so that after a crash it is known whether slots missed somebody else's writes. */
-	volume->open_pending = true;
-	volume->open_cookie = command->cookie;
-	volume->open_serial = engine->checkpoint.serial + 1;
-	engine->checkpoint.wanted = true;
-}
-
-static int open_volume(struct mp_engine *engine, const struct command *command)
-{
-	struct volume *volume = volume_by_id(engine, command->volume);
-	uint64_t at = command->sequence;
-	bool dirty, same;
-
-	if (command->size_bytes > VOLUME_BYTES_MAX)
-		return -EFBIG;
-	if (!volume) {
-		volume = volume_create(engine, command->volume);
-		if (!volume)
-			return -ENOSPC;
-		chain_start(volume, at);
-		opened(volume, command);
-		return 0;
-	}
-	if (volume->failed)
-		return -volume->error;
-	if (!volume_is_idle(volume) || volume->open_pending || engine->rescue.stage)
-		return -EBUSY;
-	dirty = volume->applied_sequence > volume->destaged_sequence;
-	if (dirty && (at < volume->destaged_sequence || at > volume->applied_sequence))
-		return -ESTALE; /* the store's image is not the one these records continue */
-	same = dirty || at == volume->applied_sequence;
-	if (!command->flag && !fault(engine, MP_FAULT_KEEP_STALE_SLOTS))
-		volume->origin = engine->next_origin++;
-	if (same) {
-		destaged(volume, at);
-		opened(volume, command);
-	} else {
-		volume_purge(volume);
-		chain_start(volume, at);
-		opened(volume, command);
-	}
-	return 0;
-}
-
-static int close_volume(struct mp_engine *engine, const struct command *command)
-{
-	struct volume *volume = volume_by_id(engine, command->volume);
-
-	if (!volume)
-		return -ENOENT;
-	if (!volume_is_idle(volume) || volume->open_pending || engine->rescue.stage ||
-	    volume->applied_sequence > volume->destaged_sequence)
-		return -EBUSY;
-	volume->open = volume->dirty_recorded = volume->dirty_asked = false;
-	if (command->flag) {
-		volume_purge(volume);
-		volume_free(volume);
-	}
-	return 0;
-}
-
-/* ---- commands ---- */
-
-enum { COMMAND_OPEN, COMMAND_CLOSE, COMMAND_CONNECT, COMMAND_DISCONNECT, COMMAND_DIRTY, COMMAND_CUT,
-	COMMAND_DESTAGED, COMMAND_FEED, COMMAND_LINK, COMMAND_STOP };
-
-static void reply(struct mp_engine *engine, const struct command *command, uint32_t type, int status)
-{
-	struct mp_event event;
-
-	memset(&event, 0, sizeof event);
-	event.type = type;
-	event.status = status;
-	event.cookie = command->cookie;
-	memcpy(event.volume, command->volume, sizeof event.volume);
-	engine_event(engine, &event);
-}
-
-static void do_connect(struct mp_engine *engine, const struct command *command)
-{
-	struct volume *volume = volume_by_id(engine, command->volume);
-
-	if (volume && volume->open && !volume->open_pending && !engine->stopping &&
-	    engine->connection_count < CONNECTIONS_MAX &&
-	    connection_open(engine, volume, command) == 0)
-		return;
-	engine->driver->close_socket(engine->driver->self, command->socket);
-	reply(engine, command, MP_EVENT_CONNECTION_CLOSED, -ENOTCONN);
-}
-
-static void do_disconnect(struct mp_engine *engine, const struct command *command)
-{
-	struct link *link = engine->connections.next;
-
-	for (; link != &engine->connections; link = link->next) {
-		struct connection *connection = CONTAINER(link, struct connection, in_engine);
-		if (connection->cookie == command->cookie) {
-			connection_stop(connection);
-			return;
-		}
-	}
-}
-
-static void do_dirty(struct mp_engine *engine, const struct command *command)
-{
-	struct volume *volume = volume_by_id(engine, command->volume);
-
-	if (!volume)
-		return;
-	if (command->flag) {
-		volume->dirty_recorded = true;
-		mutations_unhold(volume);
-		return;
-	}
-	if (volume->applied_sequence > volume->destaged_sequence ||
-	    !list_is_empty(&volume->mutations) || !list_is_empty(&volume->held)) {
-		engine_volume_event(volume, MP_EVENT_DIRTY_CLEAR, -EBUSY, 0);
-		return;
-	}
-	volume->dirty_recorded = volume->dirty_asked = false;
-	engine_volume_event(volume, MP_EVENT_DIRTY_CLEAR, 0, 0);
-}
-
-static void do_cut(struct mp_engine *engine, const struct command *command)
-{
-	struct volume *volume = volume_by_id(engine, command->volume);
-
-	if (!volume || engine->cut.volume == volume || volume->cut_queued) {
-		reply(engine, command, MP_EVENT_BATCH, volume ? -EBUSY : -ENOENT);
-		return;
-	}
-	volume->cut_queued = true;
-	volume->cut_max_bytes = command->length_bytes;
-	volume->cut_cookie = command->cookie;
-}
-
-static void do_stop(struct mp_engine *engine)
-{
-	struct link *link = engine->connections.next;
-
-	if (engine->stopping)
-		return;
-	engine->stopping = true;
-	engine->stop_ns = engine->now_ns;
-	for (; link != &engine->connections; link = link->next)
-		connection_stop(CONTAINER(link, struct connection, in_engine));
-}
-
-static void execute(struct mp_engine *engine, const struct command *command)
-{
-	struct volume *volume;
-	int rc;
-
-	switch (command->kind) {
-	case COMMAND_OPEN:
-		rc = open_volume(engine, command);
-		if (rc)
-			reply(engine, command, MP_EVENT_OPENED, rc);
-		break;
-	case COMMAND_CLOSE:
-		reply(engine, command, MP_EVENT_CLOSED, close_volume(engine, command));
-		break;
-	case COMMAND_CONNECT:
-		do_connect(engine, command);
-		break;
-	case COMMAND_DISCONNECT:
-		do_disconnect(engine, command);
-		break;
-	case COMMAND_DIRTY:
-		do_dirty(engine, command);
-		break;
-	case COMMAND_CUT:
-		do_cut(engine, command);
-		break;
-	case COMMAND_DESTAGED:
-		volume = volume_by_id(engine, command->volume);
-		if (volume)
-			destaged(volume, command->sequence);
-		break;
-	case COMMAND_FEED:
-		fetch_feed(engine, command->bytes, command->length_bytes);
-		break;
-	case COMMAND_LINK:
-		fetch_link(engine, command->flag != 0);
-		break;
-	default:
-		do_stop(engine);
-	}
-}
-
-static void run_commands(struct mp_engine *engine)
-{
-	struct command *command, *next;
-
-	pthread_mutex_lock(&engine->mutex);
-	command = engine->commands;
-	engine->commands = NULL;
-	engine->commands_tail = &engine->commands;
-	pthread_mutex_unlock(&engine->mutex);
-	for (; command; command = next) {
-		next = command->next;
-		execute(engine, command);
-		free(command);
-	}
-}
-
 /* ---- the turn ---- */
 
 static void publish(struct mp_engine *engine, bool now)
@@ -475,7 +124,8 @@ static void publish(struct mp_engine *engine, bool now)
 	pthread_mutex_unlock(&engine->mutex);
 }
 
-/* The grace is over: what waits for a store that is away, or for "dirty" on record, ends without an answer. */
+/* The grace is over: what waits for a store that is away, or for "dirty" on record, ends without an
+ * answer. */
 static void cut_off(struct mp_engine *engine)
 {
 	struct link *link;
@@ -547,7 +197,8 @@ static void background(struct mp_engine *engine)
 	release_step(engine);
 	if (engine->tombstone_count)
 		sweep_step(engine);
-	/* A checkpoint costs a walk over index and slots: let several segments wait for one, unless appends need them. */
+	/* A checkpoint costs a walk over index and slots: let several segments wait for one, unless
+	 * appends need them. */
 	if (engine->segments_waiting && engine->segments_free < engine->segment_count / 4 &&
 	    (engine->segments_waiting >= engine->segment_count / 8 ||
 	     engine->segments_free <= SEGMENTS_LOW))
@@ -580,7 +231,8 @@ static int64_t wait_ns(const struct mp_engine *engine, int64_t timeout_ns, uint6
 	if (engine->stopping && timer_ns > engine->now_ns + STOP_GRACE_NS)
 		timer_ns = engine->now_ns + STOP_GRACE_NS;
 	if (timer_ns != UINT64_MAX) {
-		int64_t until = timer_ns > engine->now_ns ? (int64_t)(timer_ns - engine->now_ns) : 0;
+		int64_t until = timer_ns > engine->now_ns ? (int64_t)(timer_ns - engine->now_ns)
+							  : 0;
 		if (timeout_ns < 0 || until < timeout_ns)
 			return until;
 	}
@@ -591,14 +243,15 @@ int64_t mp_engine_step(struct mp_engine *engine, int64_t timeout_ns)
 {
 	uint64_t timer = log_next_timer_ns(engine), due = checkpoint_due_ns(engine);
 	int64_t handled = engine->driver->wait(engine->driver->self,
-					       wait_ns(engine, timeout_ns, timer < due ? timer : due));
+					       wait_ns(engine, timeout_ns, timer < due ? timer
+										       : due));
 
 	if (handled < 0)
 		return handled;
 	engine->now_ns = engine->driver->now_ns(engine->driver->self);
 	if (handled)
 		engine->active_ns = engine->now_ns;
-	run_commands(engine);
+	commands_run(engine);
 	connections_resume(engine);
 	log_append_ready(engine);
 	log_sync_if_wanted(engine);
@@ -722,28 +375,13 @@ struct mp_engine *mp_engine_open(struct mp_driver *driver, const struct mp_engin
 	return NULL;
 }
 
-static void free_mailbox(struct mp_engine *engine)
-{
-	while (engine->commands) {
-		struct command *command = engine->commands;
-		engine->commands = command->next;
-		if (command->kind == COMMAND_CONNECT)
-			engine->driver->close_socket(engine->driver->self, command->socket);
-		free(command);
-	}
-	while (engine->events) {
-		struct event_node *node = engine->events;
-		engine->events = node->next;
-		free(node);
-	}
-}
-
 void mp_engine_free(struct mp_engine *engine)
 {
 	uint32_t i;
 
-	/* After a simulated crash requests are still in flight; their memory goes with the pool's owner, the test. */
-	free_mailbox(engine);
+	mailbox_free(engine);
+	/* After a simulated crash, work is still in flight. */
+	connections_free(engine);
 	for (i = 0; i < engine->volume_count; i++)
 		volume_free(engine->volumes[i]);
 	index_free(&engine->index);
@@ -792,141 +430,4 @@ void mp_engine_stop(struct mp_engine *engine)
 	if (engine->has_thread)
 		pthread_join(engine->thread, NULL);
 	engine->has_thread = false;
-}
-
-/* ---- mailbox: any thread ---- */
-
-static struct command *command_new(int kind, const uint8_t *volume, const void *bytes, uint64_t length)
-{
-	struct command *command = calloc(1, sizeof *command + length);
-
-	if (!command)
-		return NULL;
-	command->kind = kind;
-	if (volume)
-		memcpy(command->volume, volume, sizeof command->volume);
-	command->length_bytes = length;
-	if (length)
-		memcpy(command->bytes, bytes, length);
-	return command;
-}
-
-static int post(struct mp_engine *engine, struct command *command)
-{
-	if (!command)
-		return -ENOMEM;
-	pthread_mutex_lock(&engine->mutex);
-	*engine->commands_tail = command;
-	engine->commands_tail = &command->next;
-	pthread_mutex_unlock(&engine->mutex);
-	engine->driver->wake(engine->driver->self);
-	return 0;
-}
-
-int mp_engine_open_volume(struct mp_engine *engine, const uint8_t *id, uint64_t size_bytes,
-			  uint64_t epoch, uint64_t lineage, uint64_t applied_sequence,
-			  int keep_slots, uint64_t cookie)
-{
-	struct command *command = command_new(COMMAND_OPEN, id, NULL, 0);
-
-	if (!command)
-		return -ENOMEM;
-	command->size_bytes = size_bytes;
-	command->epoch = epoch;
-	command->lineage = lineage;
-	command->sequence = applied_sequence;
-	command->flag = keep_slots;
-	command->cookie = cookie;
-	return post(engine, command);
-}
-
-int mp_engine_close_volume(struct mp_engine *engine, const uint8_t *id, int forget_slots,
-			   uint64_t cookie)
-{
-	struct command *command = command_new(COMMAND_CLOSE, id, NULL, 0);
-
-	if (!command)
-		return -ENOMEM;
-	command->flag = forget_slots;
-	command->cookie = cookie;
-	return post(engine, command);
-}
-
-int mp_engine_connect(struct mp_engine *engine, const uint8_t *id, int socket, int read_only,
-		      const void *bytes, uint64_t length_bytes, uint64_t cookie)
-{
-	struct command *command = command_new(COMMAND_CONNECT, id, bytes, length_bytes);
-
-	if (!command) {
-		engine->driver->close_socket(engine->driver->self, socket);
-		return -ENOMEM;
-	}
-	command->socket = socket;
-	command->flag = read_only;
-	command->cookie = cookie;
-	return post(engine, command);
-}
-
-int mp_engine_disconnect(struct mp_engine *engine, uint64_t cookie)
-{
-	struct command *command = command_new(COMMAND_DISCONNECT, NULL, NULL, 0);
-
-	if (!command)
-		return -ENOMEM;
-	command->cookie = cookie;
-	return post(engine, command);
-}
-
-int mp_engine_dirty_recorded(struct mp_engine *engine, const uint8_t *id, int recorded)
-{
-	struct command *command = command_new(COMMAND_DIRTY, id, NULL, 0);
-
-	if (!command)
-		return -ENOMEM;
-	command->flag = recorded;
-	return post(engine, command);
-}
-
-int mp_engine_cut(struct mp_engine *engine, const uint8_t *id, uint64_t max_bytes, uint64_t cookie)
-{
-	struct command *command = command_new(COMMAND_CUT, id, NULL, 0);
-
-	if (!command)
-		return -ENOMEM;
-	command->length_bytes = max_bytes;
-	command->cookie = cookie;
-	return post(engine, command);
-}
-
-int mp_engine_destaged(struct mp_engine *engine, const uint8_t *id, uint64_t sequence)
-{
-	struct command *command = command_new(COMMAND_DESTAGED, id, NULL, 0);
-
-	if (!command)
-		return -ENOMEM;
-	command->sequence = sequence;
-	return post(engine, command);
-}
-
-int mp_engine_feed_fetch(struct mp_engine *engine, uint32_t replica, const void *bytes,
-			 uint64_t length_bytes)
-{
-	(void)replica;
-	return post(engine, command_new(COMMAND_FEED, NULL, bytes, length_bytes));
-}
-
-int mp_engine_link(struct mp_engine *engine, uint32_t replica, int up)
-{
-	struct command *command = command_new(COMMAND_LINK, NULL, NULL, 0);
-
-	(void)replica;
-	if (!command)
-		return -ENOMEM;
-	command->flag = up;
-	return post(engine, command);
-}
-
-void mp_engine_request_stop(struct mp_engine *engine)
-{
-	post(engine, command_new(COMMAND_STOP, NULL, NULL, 0));
 }

@@ -1,8 +1,9 @@
 /* engine.h - what the control plane may ask of a shard's engine.
  *
- * One engine thread owns all state of a shard: NBD transmission, log index, write log, read slots, policy. The control
- * plane talks to it through a mailbox (functions here, any thread unless said otherwise) and hears from it through
- * events, frames and the driver's notify. Nothing here blocks; commands take effect in the order of the calls.
+ * One engine thread owns all state of a shard: NBD transmission, log index, write log, read slots,
+ * policy. The control plane talks to it through a mailbox (functions here, any thread unless said
+ * otherwise) and hears from it through events, frames and the driver's notify. Nothing here blocks;
+ * commands take effect in the order of the calls.
  */
 #ifndef MILLPOND_ENGINE_H
 #define MILLPOND_ENGINE_H
@@ -13,38 +14,45 @@
 /* cdef: begin */
 struct mp_engine;
 /* Deliberate faults, for tests that prove that tests can fail. Never set outside tests/. */
-enum mp_engine_fault { MP_FAULT_ACK_BEFORE_WRITE = 1, MP_FAULT_SKIP_DATA_CHECKSUM = 2, MP_FAULT_SKIP_SYNC = 4,
-	MP_FAULT_REUSE_SEGMENT_EARLY = 8, MP_FAULT_SHIP_UNSYNCED = 16, MP_FAULT_NO_INCARNATION = 32,
-	MP_FAULT_NO_BLOCK_LOCK = 64, MP_FAULT_KEEP_STALE_SLOTS = 128, MP_FAULT_STALE_FILL = 256,
-	MP_FAULT_DROP_TOMBSTONE = 512, MP_FAULT_CUT_WITHOUT_LAST = 1024, MP_FAULT_ACK_BEFORE_DIRTY = 2048 };
+enum mp_engine_fault { MP_FAULT_ACK_BEFORE_WRITE = 1, MP_FAULT_SKIP_DATA_CHECKSUM = 2,
+	MP_FAULT_SKIP_SYNC = 4, MP_FAULT_REUSE_SEGMENT_EARLY = 8, MP_FAULT_SHIP_UNSYNCED = 16,
+	MP_FAULT_NO_INCARNATION = 32, MP_FAULT_NO_BLOCK_LOCK = 64, MP_FAULT_KEEP_STALE_SLOTS = 128,
+	MP_FAULT_STALE_FILL = 256, MP_FAULT_DROP_TOMBSTONE = 512, MP_FAULT_CUT_WITHOUT_LAST = 1024,
+	MP_FAULT_ACK_BEFORE_DIRTY = 2048 };
 
 struct mp_cache_format_options {
 	uint64_t device_bytes;
 	uint64_t slot_bytes;               /* 4096 to 65536, a power of two */
 	uint64_t log_bytes;                /* rounded down to whole segments */
 	uint8_t cache_id[16];
-	uint64_t segment_bytes;            /* of the log; 0: 8 MiB. Less is for tests: it wraps sooner */
+	/* of the log; 0: 8 MiB. Less is for tests: it wraps sooner */
+	uint64_t segment_bytes;
 };
-/* Format the device behind driver (file 0): superblocks, log written once with zeroes, empty checkpoint. Blocking;
- * progress (may be NULL) is a counter of log bytes written so far, for another thread to show. Overwrites. */
+/* Format the device behind driver (file 0): superblocks, log written once with zeroes, empty
+ * checkpoint. Blocking; progress (may be NULL) is a counter of log bytes written so far, for
+ * another thread to show. Overwrites. */
 int mp_cache_format(struct mp_driver *driver, const struct mp_cache_format_options *options,
 		    uint64_t *progress, char *message, uint64_t message_bytes);
 
 struct mp_engine_options {
 	uint64_t buffer_bytes;             /* RAM for requests in flight; default 256 MiB */
 	uint64_t checkpoint_every_bytes;   /* of log; default 512 MiB */
-	uint64_t poll_ns;                  /* how long to poll before sleeping while requests are in flight */
+	/* how long to poll before sleeping while requests are in flight */
+	uint64_t poll_ns;
 	uint64_t test_faults;              /* enum mp_engine_fault; tests only */
 };
-/* Recover the device and open. NULL on failure: *error is -errno, message one line for the operator. Unclean: chains are
- * followed and verified, stale slots dropped. The driver must outlive the engine. */
-struct mp_engine *mp_engine_open(struct mp_driver *driver, const struct mp_engine_options *options, int *error,
-				 char *message, uint64_t message_bytes);
+/* Recover the device and open. NULL on failure: *error is -errno, message one line for the
+ * operator. Unclean: chains are followed and verified, stale slots dropped. The driver must outlive
+ * the engine. */
+struct mp_engine *mp_engine_open(struct mp_driver *driver, const struct mp_engine_options *options,
+				 int *error, char *message, uint64_t message_bytes);
 void mp_engine_free(struct mp_engine *engine); /* reactor stopped; writes nothing */
-int64_t mp_engine_step(struct mp_engine *engine, int64_t timeout_ns); /* tests; -errno: the world ended */
+/* tests; -errno: the world ended */
+int64_t mp_engine_step(struct mp_engine *engine, int64_t timeout_ns);
 int mp_engine_start(struct mp_engine *engine);
-/* Stop serving, let accepted mutations finish, sync, write a clean checkpoint, join. Dirty data stays on the device. Any
- * thread, blocks. mp_engine_request_stop / mp_engine_stopped: the same for callers of mp_engine_step. */
+/* Stop serving, let accepted mutations finish, sync, write a clean checkpoint, join. Dirty data
+ * stays on the device. Any thread, blocks. mp_engine_request_stop / mp_engine_stopped: the same for
+ * callers of mp_engine_step. */
 void mp_engine_stop(struct mp_engine *engine);
 void mp_engine_request_stop(struct mp_engine *engine);
 int mp_engine_stopped(const struct mp_engine *engine);
@@ -69,55 +77,69 @@ struct mp_engine_volume {
 	int64_t error;                     /* why it is MP_VOLUME_FAILED: -errno */
 };
 struct mp_engine_counters {
-	uint64_t requests, hits, misses, read_bytes, written_bytes, flushes, log_records, log_bytes, syncs,
-		slot_reads, slot_writes, slot_bytes_written, slot_checksum_errors, slot_stale_after_restart,
-		log_checksum_errors, fetches, fetch_checksum_errors, fetch_retries, batches, batch_bytes,
-		checkpoints, checkpoint_bytes, protocol_errors, refused_requests, device_errors,
-		segments_free, segments_total, segments_waiting, slots_used, slots_total, slot_bytes,
-		index_entries, memory_bytes, inflight_requests, buffer_bytes_used, promoted_blocks,
-		recovered_records, recovered_bytes, tail_records_dropped, log_rescues, failed;
+	uint64_t requests, hits, misses, read_bytes, written_bytes, flushes, log_records, log_bytes,
+		syncs, slot_reads, slot_writes, slot_bytes_written, slot_checksum_errors,
+		slot_stale_after_restart, log_checksum_errors, fetches, fetch_checksum_errors,
+		fetch_retries, batches, batch_bytes, checkpoints, checkpoint_bytes, protocol_errors,
+		refused_requests, device_errors, segments_free, segments_total, segments_waiting,
+		slots_used, slots_total, slot_bytes, index_entries, memory_bytes, inflight_requests,
+		buffer_bytes_used, promoted_blocks, recovered_records, recovered_bytes,
+		tail_records_dropped, log_rescues, failed;
 };
-int64_t mp_engine_list_volumes(struct mp_engine *engine, struct mp_engine_volume *out, uint64_t capacity);
+int64_t mp_engine_list_volumes(struct mp_engine *engine, struct mp_engine_volume *out,
+			       uint64_t capacity);
 void mp_engine_counters(struct mp_engine *engine, struct mp_engine_counters *out);
 
-/* Make a volume known, or known again under a new epoch and lineage: from here its records carry them. applied_sequence
- * is the store's position. keep_slots: the slots are valid for that position. A volume that the device remembers with
- * dirty records continues after its last sequence; then applied_sequence must cover all but those.
- * Result: MP_EVENT_OPENED with cookie, status and last_sequence. */
-int mp_engine_open_volume(struct mp_engine *engine, const uint8_t *id, uint64_t size_bytes, uint64_t epoch,
-			  uint64_t lineage, uint64_t applied_sequence, int keep_slots, uint64_t cookie);
-/* Drop a volume without dirty records and without connections; its slots are swept. MP_EVENT_CLOSED. */
-int mp_engine_close_volume(struct mp_engine *engine, const uint8_t *id, int forget_slots, uint64_t cookie);
-/* Hand over a connection in transmission phase, with bytes already read from it. The engine owns socket from here (on
- * error too). MP_EVENT_CONNECTION_CLOSED with cookie when it is gone; status 1: after NBD_CMD_DISC. */
-int mp_engine_connect(struct mp_engine *engine, const uint8_t *id, int socket, int read_only, const void *bytes,
-		      uint64_t length_bytes, uint64_t cookie);
+/* Make a volume known, or known again under a new epoch and lineage: from here its records carry
+ * them. applied_sequence is the store's position. keep_slots: the slots are valid for that
+ * position. A volume that the device remembers with dirty records continues after its last
+ * sequence; then applied_sequence must cover all but those. Result: MP_EVENT_OPENED with cookie,
+ * status and last_sequence. */
+int mp_engine_open_volume(struct mp_engine *engine, const uint8_t *id, uint64_t size_bytes,
+			  uint64_t epoch, uint64_t lineage, uint64_t applied_sequence,
+			  int keep_slots, uint64_t cookie);
+/* Drop a volume without dirty records and without connections; its slots are swept.
+ * MP_EVENT_CLOSED. */
+int mp_engine_close_volume(struct mp_engine *engine, const uint8_t *id, int forget_slots,
+			   uint64_t cookie);
+/* Hand over a connection in transmission phase, with bytes already read from it. The engine owns
+ * socket from here (on error too). MP_EVENT_CONNECTION_CLOSED with cookie when it is gone; status
+ * 1: after NBD_CMD_DISC. */
+int mp_engine_connect(struct mp_engine *engine, const uint8_t *id, int socket, int read_only,
+		      const void *bytes, uint64_t length_bytes, uint64_t cookie);
 /* Stop a connection: nothing more is parsed, accepted mutations finish, then it is closed. */
 int mp_engine_disconnect(struct mp_engine *engine, uint64_t cookie);
-/* The stores have (1) durably recorded that this cache may hold acknowledged data, or are about to clear that (0).
- * After every open, until 1, mutations are logged but not acknowledged, and MP_EVENT_NEED_DIRTY asks once. 0 is refused with
- * MP_EVENT_DIRTY_CLEAR status -EBUSY while records are undestaged, else status 0; then the store may be told. */
+/* The stores have (1) durably recorded that this cache may hold acknowledged data, or are about to
+ * clear that (0). After every open, until 1, mutations are logged but not acknowledged, and
+ * MP_EVENT_NEED_DIRTY asks once. 0 is refused with MP_EVENT_DIRTY_CLEAR status -EBUSY while records
+ * are undestaged, else status 0; then the store may be told. */
 int mp_engine_dirty_recorded(struct mp_engine *engine, const uint8_t *id, int recorded);
 
-/* Destage: cut, coalesce and encode the next batch of a volume: at most max_bytes of raw data, at least one record.
- * MP_EVENT_BATCH: status 0 with first/last_sequence and frame bytes to take, -ENODATA nothing synced to ship (a sync is
- * started when there is something to sync), -EIO the log does not verify: the volume is failed.
- * One batch per volume at a time; it stays until destaged or cut again. */
+/* Destage: cut, coalesce and encode the next batch of a volume: at most max_bytes of raw data, at
+ * least one record. MP_EVENT_BATCH: status 0 with first/last_sequence and frame bytes to take,
+ * -ENODATA nothing synced to ship (a sync is started when there is something to sync), -EIO the log
+ * does not verify: the volume is failed. One batch per volume at a time; it stays until destaged or
+ * cut again. */
 int mp_engine_cut(struct mp_engine *engine, const uint8_t *id, uint64_t max_bytes, uint64_t cookie);
-int64_t mp_engine_take_batch(struct mp_engine *engine, const uint8_t *id, void *out, uint64_t capacity_bytes);
+int64_t mp_engine_take_batch(struct mp_engine *engine, const uint8_t *id, void *out,
+			     uint64_t capacity_bytes);
 /* The store has durably applied everything up to sequence. */
 int mp_engine_destaged(struct mp_engine *engine, const uint8_t *id, uint64_t sequence);
 
-/* Misses: complete READ frames to send to a replica, and its replies, as byte streams. link down: outstanding reads wait
- * and are sent again after link up, which starts both streams afresh. feed: 0 or -EPROTO: drop the connection. */
-int64_t mp_engine_take_fetch(struct mp_engine *engine, uint32_t replica, void *out, uint64_t capacity_bytes);
-int mp_engine_feed_fetch(struct mp_engine *engine, uint32_t replica, const void *bytes, uint64_t length_bytes);
+/* Misses: complete READ frames to send to a replica, and its replies, as byte streams. link down:
+ * outstanding reads wait and are sent again after link up, which starts both streams afresh. feed:
+ * 0 or -EPROTO: drop the connection. */
+int64_t mp_engine_take_fetch(struct mp_engine *engine, uint32_t replica, void *out,
+			     uint64_t capacity_bytes);
+int mp_engine_feed_fetch(struct mp_engine *engine, uint32_t replica, const void *bytes,
+			 uint64_t length_bytes);
 int mp_engine_link(struct mp_engine *engine, uint32_t replica, int up);
 
-enum mp_event_type { MP_EVENT_OPENED = 1, MP_EVENT_CLOSED, MP_EVENT_CONNECTION_CLOSED, MP_EVENT_NEED_DIRTY,
-	MP_EVENT_DIRTY_CLEAR, MP_EVENT_BATCH, MP_EVENT_DIRTY_READY, MP_EVENT_VOLUME_FAILED,
-	MP_EVENT_ENGINE_FAILED, MP_EVENT_STOPPED, MP_EVENT_LINK_BROKEN };
-/* MP_EVENT_LINK_BROKEN: the fetch stream is malformed or damaged: drop the connection, link down, connect, link up. */
+enum mp_event_type { MP_EVENT_OPENED = 1, MP_EVENT_CLOSED, MP_EVENT_CONNECTION_CLOSED,
+	MP_EVENT_NEED_DIRTY, MP_EVENT_DIRTY_CLEAR, MP_EVENT_BATCH, MP_EVENT_DIRTY_READY,
+	MP_EVENT_VOLUME_FAILED, MP_EVENT_ENGINE_FAILED, MP_EVENT_STOPPED, MP_EVENT_LINK_BROKEN };
+/* MP_EVENT_LINK_BROKEN: the fetch stream is malformed or damaged: drop the connection, link down,
+ * connect, link up. */
 /* MP_EVENT_DIRTY_READY: a volume without undestaged records has some now (ask with cut). */
 struct mp_event {
 	uint32_t type;                     /* enum mp_event_type */
@@ -129,7 +151,8 @@ struct mp_event {
 };
 /* Drain: clears the notification. Returns the count; call again while it returns capacity. */
 int64_t mp_engine_events(struct mp_engine *engine, struct mp_event *out, uint64_t capacity);
-int mp_engine_fetch_pending(struct mp_engine *engine, uint32_t replica); /* 1: take_fetch has bytes */
+/* 1: take_fetch has bytes */
+int mp_engine_fetch_pending(struct mp_engine *engine, uint32_t replica);
 /* cdef: end */
 
 #endif

@@ -1,11 +1,12 @@
 /* engine_internal.h - the state of one shard, shared by the engine's own files and by nobody else.
  *
  * Everything here belongs to the engine thread, except the mailbox and the outboxes, which say so.
- * The order of one turn (engine.c): completions and sockets, commands, appends, sync, background work, replies.
+ * The order of one turn (engine.c): completions and sockets, commands, appends, sync, background
+ * work, replies.
  *
- * Life of a mutation: arrive (nbd.c) -> wait for overlapping earlier ones -> read the base of partial blocks
- * -> ready -> part of a log record in flight (log.c) -> applied to the index in log order -> held until "dirty" is
- * on record -> acknowledged (FUA: after a sync).
+ * Life of a mutation: arrive (nbd.c) -> wait for overlapping earlier ones -> read the base of
+ * partial blocks -> ready -> part of a log record in flight (log.c) -> applied to the index in log
+ * order -> held until "dirty" is on record -> acknowledged (FUA: after a sync).
  */
 #ifndef MILLPOND_ENGINE_INTERNAL_H
 #define MILLPOND_ENGINE_INTERNAL_H
@@ -45,11 +46,13 @@ int index_init(struct index *index, uint64_t entries_max);
 void index_free(struct index *index);
 struct index_slot *index_find(struct index *index, uint32_t number, uint64_t block);
 /* Insert or replace. The caller keeps zeros below index_zeros_limit; the log bounds the others. */
-struct index_slot *index_put(struct index *index, uint32_t number, uint64_t block, uint32_t address);
+struct index_slot *index_put(struct index *index, uint32_t number, uint64_t block,
+			     uint32_t address);
 uint64_t index_zeros_limit(const struct index *index, uint64_t log_blocks);
 void index_delete(struct index *index, struct index_slot *slot);
 uint64_t index_limit(const struct index *index);
-void index_rebuild(struct index *index); /* drop the marks of the deleted; not while a checkpoint walks */
+/* drop the marks of the deleted; not while a checkpoint walks */
+void index_rebuild(struct index *index);
 static inline uint64_t index_block(const struct index_slot *slot)
 {
 	return (slot->key - 1) & ((1ULL << 40) - 1);
@@ -104,7 +107,8 @@ struct needs { uint64_t zeros, ranges; };
 /* ---- mutations ---- */
 
 enum mutation_kind { MUTATION_DATA, MUTATION_TRIM, MUTATION_ZERO };
-enum mutation_state { MUTATION_BLOCKED, MUTATION_BASE, MUTATION_READY, MUTATION_LOGGING, MUTATION_DONE };
+enum mutation_state { MUTATION_BLOCKED, MUTATION_BASE, MUTATION_READY, MUTATION_LOGGING,
+	MUTATION_DONE };
 struct mutation {
 	struct link in_volume;    /* volume->mutations, in order of arrival */
 	struct link in_queue;     /* ready, an append's mutations, held or waiting for a sync */
@@ -249,10 +253,12 @@ struct volume {
 	uint64_t head_offset_bytes, head_checksum, head_incarnation, head_ordinal;
 	/* Where the chain goes on behind applied_sequence: a checkpoint's log position. */
 	uint64_t applied_offset_bytes, applied_checksum, applied_incarnation, applied_ordinal;
-	/* The same behind synced_sequence, and behind syncing_sequence: where a rescue forks the chain. */
+	/* The same behind synced_sequence, and behind syncing_sequence: where a rescue forks the
+	 * chain. */
 	struct position synced_position, syncing_position;
 	uint32_t doomed_segment;      /* left behind by a rescue; free once it is final */
-	uint64_t logged_synced_sequence; /* newest synced_sequence that a record of the chain tells */
+	/* newest synced_sequence that a record of the chain tells */
+	uint64_t logged_synced_sequence;
 	uint64_t synced_at_ns;
 	struct link mutations, ready, appends, held, syncs;
 	uint32_t appends_inflight;
@@ -267,7 +273,8 @@ struct volume {
 	uint32_t connections, fetch_count, fills_inflight;
 	/* destage */
 	uint32_t cut_segment;
-	uint64_t cut_offset_bytes, cut_sequence; /* where the record with this first sequence starts */
+	/* where the record with this first sequence starts */
+	uint64_t cut_offset_bytes, cut_sequence;
 	uint8_t *batch;
 	uint64_t batch_bytes, batch_taken;
 	uint64_t batch_last_sequence, batch_end_offset_bytes;
@@ -283,7 +290,8 @@ struct volume {
 /* What a recovery may find: the last checkpoint's, and what was appended since it began. */
 struct ledger {
 	struct needs saved, since;
-	struct needs inflight, since_running; /* not yet applied; since the running checkpoint began */
+	/* not yet applied; since the running checkpoint began */
+	struct needs inflight, since_running;
 };
 
 struct scan {                     /* reads a segment into memory; used by destage and by release */
@@ -298,8 +306,8 @@ struct cut {
 	struct scan scan;
 	struct volume *volume;        /* NULL: idle */
 	uint64_t parse_offset_bytes, next_sequence, raw_bytes;
-	/* As it was when the scan began: what was synced later may not be in its memory, and what is destaged meanwhile
-	 * must not be missing between older records of the batch. */
+	/* As it was when the scan began: what was synced later may not be in its memory, and what
+	 * is destaged meanwhile must not be missing between older records of the batch. */
 	uint64_t limit_sequence, destaged_sequence;
 	uint64_t begin_offset_bytes, end_offset_bytes; /* of the records taken */
 	uint64_t first_sequence, last_sequence, lineage, epoch;
@@ -326,7 +334,8 @@ struct checkpoint {
 	struct mp_io io;
 	struct iovec iov;
 	uint8_t *buffer;              /* CHECKPOINT_STEP_BYTES */
-	uint64_t filled_bytes, flushing_bytes, offset_bytes; /* offset: where in the area buffer goes */
+	/* offset: where in the area buffer goes */
+	uint64_t filled_bytes, flushing_bytes, offset_bytes;
 	uint8_t *captured;            /* volumes, segment table, tombstones: of one instant */
 	uint64_t captured_bytes;
 	uint64_t cursor, index_rebuilds, zeros;
@@ -430,15 +439,23 @@ void engine_event(struct mp_engine *engine, const struct mp_event *event);
 void engine_volume_event(struct volume *volume, uint32_t type, int status, uint64_t cookie);
 void engine_fail(struct mp_engine *engine, int error, const char *what);
 void volume_fail(struct volume *volume, int error, const char *what);
-struct volume *volume_new(struct mp_engine *engine, const uint8_t *id, uint32_t number);
-struct volume *volume_by_id(struct mp_engine *engine, const uint8_t *id);
-void volume_free(struct volume *volume);
-bool volume_is_idle(const struct volume *volume);
 void engine_submit(struct mp_engine *engine, struct mp_io *io);
 static inline bool fault(const struct mp_engine *engine, uint64_t which)
 {
 	return (engine->options.test_faults & which) != 0;
 }
+
+/* volumes.c */
+struct volume *volume_new(struct mp_engine *engine, const uint8_t *id, uint32_t number);
+struct volume *volume_by_id(struct mp_engine *engine, const uint8_t *id);
+int volume_open(struct mp_engine *engine, const struct command *command);
+int volume_close(struct mp_engine *engine, const struct command *command);
+void volume_free(struct volume *volume);
+bool volume_is_idle(const struct volume *volume);
+
+/* mailbox.c */
+void commands_run(struct mp_engine *engine);
+void mailbox_free(struct mp_engine *engine); /* with the events that nobody took */
 
 /* outbox.c */
 void volume_publish(const struct volume *volume, struct mp_engine_volume *out);
@@ -446,9 +463,12 @@ void volume_publish(const struct volume *volume, struct mp_engine_volume *out);
 /* nbd.c */
 int connection_open(struct mp_engine *engine, struct volume *volume, const struct command *command);
 void connections_ready(void *owner, void *context, uint32_t ready);
-void connections_flush(struct mp_engine *engine);   /* end of a turn: replies, closing */
 void connections_resume(struct mp_engine *engine);  /* buffers came back: parse on */
 void connection_stop(struct connection *connection);
+void connections_free(struct mp_engine *engine);
+
+/* nbdreply.c */
+void connections_flush(struct mp_engine *engine); /* end of a turn: replies, closing */
 void request_error(struct request *request, int error);
 void request_slice_done(struct request *request);
 void request_finish(struct request *request);
@@ -478,7 +498,8 @@ uint64_t log_next_timer_ns(const struct mp_engine *engine);
 void log_wait_for_sync(struct volume *volume, struct request *request);
 uint64_t segment_offset_bytes(const struct mp_engine *engine, uint32_t segment);
 uint32_t segment_of_address(const struct mp_engine *engine, uint32_t address);
-/* Put one logged extent into the index and out of the slots; address of its first block, 0 for none. */
+/* Put one logged extent into the index and out of the slots; address of its first block, 0 for
+ * none. */
 void log_index_extent(struct volume *volume, const struct mp_extent *extent, uint32_t address);
 
 void append_finish(struct append *append);
@@ -531,7 +552,8 @@ void checkpoint_note_fill(struct mp_engine *engine, uint64_t bytes);
 /* When a checkpoint is due because of filled slots; UINT64_MAX: not at all. */
 uint64_t checkpoint_due_ns(const struct mp_engine *engine);
 void checkpoint_fill_volume(const struct volume *volume, struct mp_cache_volume *out);
-int super_write(struct mp_driver *driver, struct mp_cache_super *super, uint32_t *copy); /* blocking */
+/* blocking */
+int super_write(struct mp_driver *driver, struct mp_cache_super *super, uint32_t *copy);
 int checkpoint_load(struct mp_engine *engine, char *message, uint64_t message_bytes);
 int recovery_run(struct mp_engine *engine, char *message, uint64_t message_bytes);
 int super_load(struct mp_driver *driver, struct mp_cache_super *out, uint32_t *copy, char *message,

@@ -1,13 +1,14 @@
 /* fetch.c - misses: READ frames out, replies in, data to the waiting read and into slots.
  *
- * Happy path: a run of missing blocks becomes one READ frame in the outgoing ring; the control plane carries it; the
- * reply's pieces are verified and decoded straight into the read's buffer, the guest is answered, and the blocks are
- * written to slots from the same buffer.
- * A fill installs only if nothing newer happened to its block since the miss (fill_allowed): no log entry, no tombstone,
- * and no release of either (release_generation).
- * Failure modes: link down: outstanding fetches wait and are sent again on a fresh stream (the guest stalls). A reply that
- * does not verify is asked for again on a new link, FETCH_ATTEMPTS times, then EIO. An error status is EIO for that read; a store that is
- * behind, fenced or without the volume also fails the volume, loudly. A malformed stream: -EPROTO, the link is dropped.
+ * Happy path: a run of missing blocks becomes one READ frame in the outgoing ring; the control
+ * plane carries it; the reply's pieces are verified and decoded straight into the read's buffer,
+ * the guest is answered, and the blocks are written to slots from the same buffer.
+ * A fill installs only if nothing newer happened to its block since the miss (fill_allowed): no log
+ * entry, no tombstone, and no release of either (release_generation).
+ * Failure modes: link down: outstanding fetches wait and are sent again on a fresh stream (the
+ * guest stalls). A reply that does not verify is asked for again on a new link, FETCH_ATTEMPTS
+ * times, then EIO. An error status is EIO for that read; a store that is behind, fenced or without
+ * the volume also fails the volume, loudly. A malformed stream: -EPROTO, the link is dropped.
  */
 #include "engine_internal.h"
 
@@ -180,8 +181,8 @@ static bool fill_is_zero(const struct fill *fill)
 	return true;
 }
 
-/* Claim consecutive blocks of one slot, from first on; returns how many. A block that is valid, being filled, or
- * changed since the miss ends the run. */
+/* Claim consecutive blocks of one slot, from first on; returns how many. A block that is valid,
+ * being filled, or changed since the miss ends the run. */
 static uint32_t claim(struct read *read, uint32_t first, uint32_t count, uint64_t generation,
 		      int64_t *slot)
 {
@@ -191,7 +192,8 @@ static uint32_t claim(struct read *read, uint32_t first, uint32_t count, uint64_
 	while (claimed < count) {
 		uint64_t block = read->first_block + first + claimed;
 		int64_t got = fill_allowed(volume, block, generation)
-				      ? mp_slots_reserve(volume->engine->slots, volume->origin, block)
+				      ? mp_slots_reserve(volume->engine->slots, volume->origin,
+							 block)
 				      : -1;
 		if (got < 0)
 			break;
@@ -201,7 +203,8 @@ static uint32_t claim(struct read *read, uint32_t first, uint32_t count, uint64_
 	return claimed;
 }
 
-/* Fill what can be claimed of blocks [first, first + count), all of one slot; returns the blocks dealt with. */
+/* Fill what can be claimed of blocks [first, first + count), all of one slot; returns the blocks
+ * dealt with. */
 static uint32_t fill_slot(struct read *read, uint32_t first, uint32_t count, uint64_t generation)
 {
 	struct volume *volume = read->volume;

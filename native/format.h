@@ -3,12 +3,12 @@
  * History
  *   version 1 (2026-11): first format.
  *
- * Rules: little endian, natural alignment, no packed structs, holes are named `reserved`, written as
- * zero and checked on read. Magic and checksum come first; 0 is never a valid address or checksum.
- * An unknown incompatible feature bit refuses the object; an unknown compatible bit is ignored.
- * Checksums are XXH3-64. Headers: unseeded (but see mp_frame), over everything behind the checksum
- * field. Data: seeded with (origin volume, block), see mp_volume_seed in record.h, so that a block in
- * the wrong place fails.
+ * Rules: little endian, natural alignment, no packed structs, holes are named `reserved`, written
+ * as zero and checked on read. Magic and checksum come first; 0 is never a valid address or
+ * checksum. An unknown incompatible feature bit refuses the object; an unknown compatible bit is
+ * ignored. Checksums are XXH3-64. Headers: unseeded (but see mp_frame), over everything behind the
+ * checksum field. Data: seeded with (origin volume, block), see mp_volume_seed in record.h, so that
+ * a block in the wrong place fails.
  */
 #ifndef MILLPOND_FORMAT_H
 #define MILLPOND_FORMAT_H
@@ -29,7 +29,8 @@ enum {
 	MP_EXTENT_BYTES = 120,
 	MP_FRAME_HEADER_BYTES = 64,
 	MP_GROUP_HEADER_BYTES = 128,
-	MP_RECORD_EXTENTS_MAX = 8192,     /* per record; also bounds what a hostile count can cost */
+	/* per record; also bounds what a hostile count can cost */
+	MP_RECORD_EXTENTS_MAX = 8192,
 	MP_RECORD_PAYLOAD_MAX = 4194304,  /* bytes of payload in one record */
 	MP_BATCH_PARTS_MAX = 64,          /* records in one batch */
 	MP_FRAME_PAYLOAD_MAX = 16777216,  /* bytes behind a frame header */
@@ -43,8 +44,10 @@ enum mp_codec { MP_CODEC_NONE = 1, MP_CODEC_LZ4 = 2, MP_CODEC_ZSTD = 3, MP_CODEC
 
 enum mp_record_type {
 	MP_RECORD_LOG = 1,        /* in a cache's write log: raw blocks, payload 4 KiB aligned */
-	MP_RECORD_BATCH = 2,      /* part of a destage batch; the same bytes on wire and in the store's log */
-	MP_RECORD_SYNCED = 3,     /* write log: no extents, tells how far the log is known to be synced */
+	/* part of a destage batch; the same bytes on wire and in the store's log */
+	MP_RECORD_BATCH = 2,
+	/* write log: no extents, tells how far the log is known to be synced */
+	MP_RECORD_SYNCED = 3,
 	MP_RECORD_VOLUME = 4,     /* store: payload is one struct mp_volume_state, absolute */
 	MP_RECORD_PAGES = 5,      /* store: payload is map and extent-table pages of a checkpoint */
 	MP_RECORD_CHECKPOINT = 6, /* store: payload is a checkpoint's root structure */
@@ -53,16 +56,19 @@ enum mp_record_type {
 
 enum mp_record_flag { MP_RECORD_LAST_OF_BATCH = 1 };
 
-/* One extent of a record. Data extents: at most MP_EXTENT_BLOCKS blocks. Zero and trim: any count. */
+/* One extent of a record. Data extents: at most MP_EXTENT_BLOCKS blocks. Zero and trim: any
+ * count. */
 struct mp_extent {
-	uint8_t origin[16];            /* volume that wrote these blocks: part of every checksum seed */
+	/* volume that wrote these blocks: part of every checksum seed */
+	uint8_t origin[16];
 	uint64_t first_block;
 	uint64_t block_count;
 	uint64_t sequence;             /* of the newest mutation in this extent */
 	uint32_t stored_length_bytes;  /* in the payload; 0 for zero and trim */
 	uint8_t codec;                 /* enum mp_codec */
 	uint8_t reserved0[3];
-	uint64_t checksum[4];          /* raw: one per block; compressed: [0] over the stored bytes */
+	/* raw: one per block; compressed: [0] over the stored bytes */
+	uint64_t checksum[4];
 	uint8_t nonce[24];             /* reserved for ciphers, zero */
 	uint8_t tag[16];               /* reserved for ciphers, zero */
 };
@@ -70,7 +76,8 @@ struct mp_extent {
 /* record = header | extent table | (log records: zero padding to 4 KiB) | payload */
 struct mp_record {
 	uint64_t magic;
-	uint64_t checksum;             /* over the header behind this field, the extent table and padding */
+	/* over the header behind this field, the extent table and padding */
+	uint64_t checksum;
 	uint16_t version;
 	uint16_t type;                 /* enum mp_record_type */
 	uint32_t flags;                /* enum mp_record_flag */
@@ -88,12 +95,15 @@ struct mp_record {
 	uint32_t cipher;               /* reserved, zero */
 	uint32_t key_id;               /* reserved, zero */
 	/* Link of a write log chain; zero when shipped and in the store. */
-	uint64_t incarnation;          /* of the log: (counter << 32) | random, ascending along a chain */
+	/* of the log: (counter << 32) | random, ascending along a chain */
+	uint64_t incarnation;
 	uint64_t previous_checksum;    /* header checksum of the predecessor in the chain */
 	uint64_t segment_ordinal;      /* ordinal of this segment within the chain */
 	uint64_t segment_offset_bytes; /* of this record within its segment */
-	uint64_t synced_sequence;      /* all of the chain up to here was synced when this was written */
-	uint64_t payload_checksum;     /* VOLUME, PAGES, CHECKPOINT: XXH3-64 of the payload; else zero */
+	/* all of the chain up to here was synced when this was written */
+	uint64_t synced_sequence;
+	/* VOLUME, PAGES, CHECKPOINT: XXH3-64 of the payload; else zero */
+	uint64_t payload_checksum;
 	uint8_t reserved[32];
 };
 
@@ -107,7 +117,8 @@ struct mp_cache_super {
 	uint32_t reserved0;
 	uint32_t compatible_features;
 	uint32_t incompatible_features;
-	uint8_t cache_id[16];          /* random, identifies the holder of dirty data at the stores */
+	/* random, identifies the holder of dirty data at the stores */
+	uint8_t cache_id[16];
 	uint64_t generation;
 	uint32_t shard_index;
 	uint32_t shard_count;
@@ -120,18 +131,21 @@ struct mp_cache_super {
 	uint64_t slot_count;
 	uint64_t checkpoint_offset_bytes[2];
 	uint64_t checkpoint_capacity_bytes;
-	uint64_t incarnation;          /* of the log; a new one is synced here before the first append */
+	/* of the log; a new one is synced here before the first append */
+	uint64_t incarnation;
 	uint64_t checkpoint_generation;/* 0: none yet */
 	uint64_t checkpoint_length_bytes;
 	uint64_t checkpoint_checksum;  /* of the whole checkpoint */
 	uint32_t checkpoint_area;      /* 0 or 1 */
-	uint32_t clean;                /* 1: the checkpoint is the end of every chain; nothing came after */
+	/* 1: the checkpoint is the end of every chain; nothing came after */
+	uint32_t clean;
 	uint8_t reserved[3912];
 };
 
-/* checkpoint = header | volumes | segment table | index entries | tombstones | slot table; the
+/* checkpoint = header | volumes | segment table | tombstones | index entries | slot table; the
  * fuzzy parts (index, slots) may hold changes made while it was written: the log from each volume's
- * head on is replayed over them. Counts are given here; index_count is final when the header is sealed */
+ * head on is replayed over them. Counts are given here; index_count is final when the header is
+ * sealed */
 struct mp_cache_checkpoint {
 	uint64_t magic;
 	uint64_t checksum;             /* over the header behind this field */
@@ -172,7 +186,8 @@ struct mp_segment_entry { uint64_t ordinal; uint32_t number; uint32_t state; };
 /* address: in 4 KiB units from the start of the device; 0: the block is zeroes. */
 struct mp_index_entry { uint64_t block; uint64_t sequence; uint64_t checksum; uint32_t address;
 	uint32_t number; };
-struct mp_tombstone { uint64_t first_block; uint64_t block_count; uint64_t sequence; uint32_t number;
+struct mp_tombstone { uint64_t first_block; uint64_t block_count; uint64_t sequence;
+	uint32_t number;
 	uint32_t flags; };
 struct mp_slot_entry { uint64_t key; uint32_t reserved0; uint16_t valid; uint8_t heat;
 	uint8_t reserved1; }; /* key: origin << 40 | slot-sized block; followed by the checksums */
@@ -184,8 +199,10 @@ struct mp_lineage { uint64_t id; uint64_t first_sequence; };
 struct mp_volume_state {
 	uint8_t id[16];
 	uint8_t parent[16];            /* version tree; zero for a volume of its own */
-	uint8_t dirty_holder[16];      /* cache id that may hold acknowledged writes not shipped; zero: none */
-	uint8_t open_holder[16];       /* cache id of the writer of this epoch; zero: closed cleanly */
+	/* cache id that may hold acknowledged writes not shipped; zero: none */
+	uint8_t dirty_holder[16];
+	/* cache id of the writer of this epoch; zero: closed cleanly */
+	uint8_t open_holder[16];
 	uint64_t size_bytes;
 	uint64_t epoch;
 	uint64_t lineage;              /* of the newest applied record */
@@ -207,7 +224,8 @@ struct mp_store_super {
 	uint32_t incompatible_features;
 	uint8_t store_id[16];
 	uint64_t generation;
-	uint64_t incarnation;          /* of the log; synced before the first append of every open */
+	/* of the log; synced before the first append of every open */
+	uint64_t incarnation;
 	uint64_t segment_bytes;
 	uint64_t checkpoint_segment;   /* 0: none yet */
 	uint64_t checkpoint_offset_bytes;
@@ -216,8 +234,8 @@ struct mp_store_super {
 	uint8_t reserved[3992];
 };
 
-/* The store appends groups, 4 KiB aligned: header | records, verbatim, each 8-byte aligned | padding.
- * A group is one append and at most one sync. */
+/* The store appends groups, 4 KiB aligned: header | records, verbatim, each 8-byte aligned |
+ * padding. A group is one append and at most one sync. */
 struct mp_group {
 	uint64_t magic;
 	uint64_t checksum;             /* over the header behind this field */
@@ -238,29 +256,34 @@ struct mp_group {
 
 enum mp_frame_type {
 	MP_FRAME_HELLO = 1, MP_FRAME_HELLO_REPLY = 2,
-	MP_FRAME_CONTROL = 3, MP_FRAME_CONTROL_REPLY = 4,   /* JSON payload, control connections only */
+	/* JSON payload, control connections only */
+	MP_FRAME_CONTROL = 3, MP_FRAME_CONTROL_REPLY = 4,
 	MP_FRAME_READ = 5, MP_FRAME_READ_REPLY = 6,
 	MP_FRAME_BATCH = 7, MP_FRAME_BATCH_REPLY = 8,
 	MP_FRAME_PUT_VOLUME = 9, MP_FRAME_PUT_VOLUME_REPLY = 10,       /* within the daemon only */
 	MP_FRAME_DELETE_VOLUME = 11, MP_FRAME_DELETE_VOLUME_REPLY = 12,/* within the daemon only */
 	MP_FRAME_CHECKPOINT = 13, MP_FRAME_CHECKPOINT_REPLY = 14,      /* within the daemon only */
-	MP_FRAME_ERROR = 15            /* the peer broke the protocol; the connection ends after it */
+	/* the peer broke the protocol; the connection ends after it */
+	MP_FRAME_ERROR = 15
 };
 
 enum mp_status {
-	MP_STATUS_OK = 0, MP_STATUS_UNKNOWN_VOLUME = 1, MP_STATUS_STALE_EPOCH = 2, MP_STATUS_BEHIND = 3,
-	MP_STATUS_GAP = 4, MP_STATUS_LINEAGE = 5, MP_STATUS_CORRUPT = 6, MP_STATUS_IO = 7,
-	MP_STATUS_FULL = 8, MP_STATUS_INVALID = 9, MP_STATUS_RANGE = 10, MP_STATUS_CONFLICT = 11
+	MP_STATUS_OK = 0, MP_STATUS_UNKNOWN_VOLUME = 1, MP_STATUS_STALE_EPOCH = 2,
+	MP_STATUS_BEHIND = 3, MP_STATUS_GAP = 4, MP_STATUS_LINEAGE = 5, MP_STATUS_CORRUPT = 6,
+	MP_STATUS_IO = 7, MP_STATUS_FULL = 8, MP_STATUS_INVALID = 9, MP_STATUS_RANGE = 10,
+	MP_STATUS_CONFLICT = 11
 };
 
 struct mp_frame {
 	uint32_t magic;
 	uint16_t version;
 	uint16_t type;                 /* enum mp_frame_type */
-	uint64_t checksum;             /* header behind this field and the first checked_bytes of payload;
-					* seeded with the 8 bytes before it, so that they count too */
+	/* header behind this field and the first checked_bytes of payload; seeded with the 8 bytes
+	 * before it, so that they count too */
+	uint64_t checksum;
 	uint32_t payload_bytes;
-	uint32_t checked_bytes;        /* what follows carries its own checksums (records, stored extents) */
+	/* what follows carries its own checksums (records, stored extents) */
+	uint32_t checked_bytes;
 	uint32_t status;               /* enum mp_status, replies only */
 	uint32_t flags;
 	uint64_t request_id;
@@ -279,9 +302,9 @@ struct mp_read_request {           /* READ: payload; checked */
 	uint32_t reserved;
 };
 
-/* READ_REPLY: payload = mp_read_reply | pieces (both checked) | stored bytes of each piece in order.
- * Pieces tile the range asked for, ascending. A raw piece ships only the wanted blocks, a compressed one
- * its whole extent; a hole is a piece whose extent has codec ZERO. */
+/* READ_REPLY: payload = mp_read_reply | pieces (both checked) | stored bytes of each piece in
+ * order. Pieces tile the range asked for, ascending. A raw piece ships only the wanted blocks, a
+ * compressed one its whole extent; a hole is a piece whose extent has codec ZERO. */
 struct mp_read_reply {
 	uint8_t volume[16];
 	uint64_t lineage;
@@ -297,7 +320,8 @@ struct mp_piece {
 	struct mp_extent extent;       /* as stored; the wanted blocks lie within */
 };
 
-/* BATCH: payload = the records of one batch, all parts in order, each followed by zeroes to 8 bytes. */
+/* BATCH: payload = the records of one batch, all parts in order, each followed by zeroes to 8
+ * bytes. */
 struct mp_batch_reply {            /* BATCH_REPLY: payload; checked */
 	uint8_t volume[16];
 	uint64_t epoch;                /* the store's */

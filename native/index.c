@@ -1,9 +1,10 @@
 /* index.c - the log index: open addressing over (volume number, block), sized once from the log.
  *
- * Happy path: find and put are one or two cache lines. Deleting leaves a mark, so that a checkpoint may walk
- * the table while it changes; index_rebuild clears the marks when they pile up.
- * Failure modes: the table cannot overflow, because the log cannot hold more blocks than it was sized for, and the caller
- * keeps blocks of zeroes, which take no log, below index_zeros_limit (ledger.c).
+ * Happy path: find and put are one or two cache lines. Deleting leaves a mark, so that a checkpoint
+ * may walk the table while it changes; index_rebuild clears the marks when they pile up.
+ * Failure modes: the table cannot overflow, because the log cannot hold more blocks than it was
+ * sized for, and the caller keeps blocks of zeroes, which take no log, below index_zeros_limit
+ * (ledger.c).
  */
 #include "engine_internal.h"
 
@@ -58,7 +59,8 @@ uint64_t index_limit(const struct index *index)
 	return index->capacity / 16 * 15;
 }
 
-/* At most one entry per block of the log has an address; what is left below index_limit is for the others. */
+/* At most one entry per block of the log has an address; what is left below index_limit is for the
+ * others. */
 uint64_t index_zeros_limit(const struct index *index, uint64_t log_blocks)
 {
 	return index->capacity / 16 * 14 - log_blocks;

@@ -1,9 +1,11 @@
-/* ledger.c - how many zero blocks and ranges recovery may have to hold in memory, and in its next checkpoint.
+/* ledger.c - how many zero blocks and ranges recovery may have to hold in memory, and in its next
+ * checkpoint.
  *
- * A trim of many blocks takes 120 bytes of log. The log therefore does not bound what a guest's trims and zeroes put into
- * the index and the tombstones, and what was swept and released since the last checkpoint comes back when the log is
- * replayed. So each record is counted before it is appended: what the last checkpoint holds, and everything since it
- * began, stays within the limits that a checkpoint has room for.
+ * A trim of many blocks takes 120 bytes of log. The log therefore does not bound what a guest's
+ * trims and zeroes put into the index and the tombstones, and what was swept and released since the
+ * last checkpoint comes back when the log is replayed. So each record is counted before it is
+ * appended: what the last checkpoint holds, and everything since it began, stays within the limits
+ * that a checkpoint has room for.
  * Failure modes: no room: the mutation waits; a checkpoint is begun when that would make room.
  */
 #include "engine_internal.h"

@@ -7,7 +7,8 @@
 
 struct link { struct link *previous, *next; };
 
-#define CONTAINER(link_, type_, member_) ((type_ *)(void *)((char *)(link_) - offsetof(type_, member_)))
+#define CONTAINER(link_, type_, member_) \
+	((type_ *)(void *)((char *)(link_) - offsetof(type_, member_)))
 
 static inline void list_init(struct link *link)
 {

@@ -1,20 +1,24 @@
-/* log.c - the write log: records appended to each volume's own chain of segments, acknowledged in order.
+/* log.c - the write log: records appended to each volume's own chain of segments, acknowledged in
+ * order.
  *
- * Happy path, once per turn and volume: all mutations that became ready are gathered into one record (header block,
- * then the guests' own buffers, one write, no copy); when the write is complete and all before it are, its blocks enter
- * the index, its mutations are acknowledged. One fdatasync covers all chains. No other metadata is written.
+ * Happy path, once per turn and volume: all mutations that became ready are gathered into one
+ * record (header block, then the guests' own buffers, one write, no copy); when the write is
+ * complete and all before it are, its blocks enter the index, its mutations are acknowledged. One
+ * fdatasync covers all chains. No other metadata is written.
  *
- * What a crash leaves: before the write completed: nothing was acknowledged; recovery finds the record whole, or
- * the end of the chain. After: the record is on the device (daemon crash) or, without a sync, may be lost with all
- * behind it (power loss), which no FLUSH or FUA had promised. A record names its predecessor's checksum and the
- * incarnation of this open, so that old bytes behind the tail never continue a chain.
+ * What a crash leaves: before the write completed: nothing was acknowledged; recovery finds the
+ * record whole, or the end of the chain. After: the record is on the device (daemon crash) or,
+ * without a sync, may be lost with all behind it (power loss), which no FLUSH or FUA had promised.
+ * A record names its predecessor's checksum and the incarnation of this open, so that old bytes
+ * behind the tail never continue a chain.
  *
- * A synced tail must not look like a torn one. Each record tells how far the chain was synced when it was built; when
- * nothing follows a sync for SYNCED_RECORD_DELAY_NS, a record without extents tells it. A record that does not verify
- * below such a point is corruption, not an end.
+ * A synced tail must not look like a torn one. Each record tells how far the chain was synced when
+ * it was built; when nothing follows a sync for SYNCED_RECORD_DELAY_NS, a record without extents
+ * tells it. A record that does not verify below such a point is corruption, not an end.
  *
- * Failure modes: no free segment: mutations wait in ready, holding no log space (the guest stalls). A failed write:
- * nothing is acknowledged until all since the last good sync is written elsewhere and synced (rescue.c).
+ * Failure modes: no free segment: mutations wait in ready, holding no log space (the guest stalls).
+ * A failed write: nothing is acknowledged until all since the last good sync is written elsewhere
+ * and synced (rescue.c).
  */
 #include "engine_internal.h"
 
@@ -223,7 +227,8 @@ static void append_free(struct append *append)
 	free(append);
 }
 
-/* How many of the ready mutations go into the next record; bounds on what they need, before building. */
+/* How many of the ready mutations go into the next record; bounds on what they need, before
+ * building. */
 static uint32_t measure(const struct volume *volume, uint64_t *extents, uint64_t *bytes, bool *data,
 			struct needs *needs)
 {
@@ -370,7 +375,8 @@ void log_index_extent(struct volume *volume, const struct mp_extent *extent, uin
 	uint64_t i;
 
 	if (!data && extent->block_count >= RANGE_BLOCKS_MIN) {
-		/* The sweep takes older index entries and slots away; until then the tombstone hides them. */
+		/* The sweep takes older index entries and slots away; until then the tombstone
+		 * hides them. */
 		uint32_t before = volume->tombstones.count;
 		int rc = tombstones_put(&volume->tombstones, extent->first_block,
 					extent->block_count, extent->sequence);
@@ -456,8 +462,9 @@ static void append_done(struct mp_io *io)
 	append->done = true;
 	if (io->result < 0)
 		log_failed(engine, (int)-io->result, "a write to the log failed");
-	/* In order: a later record may be complete, but recovery would not reach it before this one. After a
-	 * failure nobody is acknowledged before all since the last good sync is written elsewhere. */
+	/* In order: a later record may be complete, but recovery would not reach it before this
+	 * one. After a failure nobody is acknowledged before all since the last good sync is
+	 * written elsewhere. */
 	while (!list_is_empty(&volume->appends) && !engine->rescue.stage) {
 		append = CONTAINER(volume->appends.next, struct append, in_volume);
 		if (!append->done)

@@ -1,11 +1,13 @@
 /* logsync.c - durability of the write log: one fdatasync for all chains, and who waits for it.
  *
- * Happy path: FLUSH and FUA want a sync -> one is submitted per turn, for everything applied by then -> done: each
- * volume's synced position moves, waiters whose writes it covers are answered, the others want the next.
- * A record that tells of the sync is appended when nothing else follows for SYNCED_RECORD_DELAY_NS (log.c says why).
+ * Happy path: FLUSH and FUA want a sync -> one is submitted per turn, for everything applied by
+ * then -> done: each volume's synced position moves, waiters whose writes it covers are answered,
+ * the others want the next. A record that tells of the sync is appended when nothing else follows
+ * for SYNCED_RECORD_DELAY_NS (log.c says why).
  *
- * Failure modes: a sync that fails says nothing about what it covered, and a later one that succeeds does not either:
- * everything since the last good sync is written again elsewhere (rescue.c) before anybody is answered.
+ * Failure modes: a sync that fails says nothing about what it covered, and a later one that
+ * succeeds does not either: everything since the last good sync is written again elsewhere
+ * (rescue.c) before anybody is answered.
  */
 #include "engine_internal.h"
 
@@ -49,7 +51,8 @@ static void sync_done(struct mp_io *io)
 		return;
 	}
 	engine->sync.completed = engine->sync.started;
-	if (engine->rescue.stage) /* it was for the checkpoint: nobody is answered before that is whole */
+	/* it was for the checkpoint: nobody is answered before that is whole */
+	if (engine->rescue.stage)
 		return;
 	for (i = 0; i < engine->volume_count; i++) {
 		struct volume *volume = engine->volumes[i];

@@ -1,9 +1,12 @@
-/* mutations.c - writes, trims and zeroes on their way to the log: overlap, partial blocks, acknowledgement.
+/* mutations.c - writes, trims and zeroes on their way to the log: overlap, partial blocks,
+ * acknowledgement.
  *
  * Happy path: arrive -> (no overlap with an unfinished one) -> checksums -> ready.
- * A mutation that touches a block of an unfinished one waits behind it, in order of arrival. Blocks it covers only
- * partly are completed from their base, read after that wait and before any log space is taken.
- * Failure modes: base unreadable: the mutation fails with EIO, nothing was logged. Volume or engine failed: EIO.
+ * A mutation that touches a block of an unfinished one waits behind it, in order of arrival. Blocks
+ * it covers only partly are completed from their base, read after that wait and before any log
+ * space is taken.
+ * Failure modes: base unreadable: the mutation fails with EIO, nothing was logged. Volume or engine
+ * failed: EIO.
  */
 #include "engine_internal.h"
 
@@ -215,7 +218,8 @@ static void finish(struct mutation *mutation)
 		}
 	} else
 		acknowledge(mutation);
-	/* Whom it wakes may end here too, when all fail: one loop, not a recursion as deep as the queue. */
+	/* Whom it wakes may end here too, when all fail: one loop, not a recursion as deep as the
+	 * queue. */
 	if (!followed || volume->waking)
 		return;
 	volume->waking = true;

@@ -1,93 +1,22 @@
-/* nbd.c - NBD transmission: parse requests, cut them into slices, send replies.
+/* nbd.c - NBD transmission: parse requests, cut them into slices, start them.
  *
- * Happy path: one receive brings many requests; headers are parsed in place, a WRITE's payload goes into aligned block
- * buffers (received straight into them when large), everything finished in a turn leaves in one send.
- * Every request is validated here, once; below, the same facts are asserted.
+ * Happy path: one receive brings many requests; headers are parsed in place, a WRITE's payload goes
+ * into aligned block buffers (received straight into them when large), everything finished in a
+ * turn leaves in one send. Every request is validated here, once; below, the same facts are
+ * asserted.
  *
- * Failure modes: a bad request is answered with the protocol's error and its payload is consumed, so that the stream stays
- * in step; a bad magic or an absurd WRITE ends the connection. A client that does not read its replies, or asks for
- * more than the buffers hold, stalls alone: its socket is not read. End of stream: writes already read whole are finished,
- * a partly received slice is dropped. Full hang-up: unread input is dropped, so that a stale write cannot come after
- * those of a new connection.
+ * Failure modes: a bad request is answered with the protocol's error and its payload is consumed,
+ * so that the stream stays in step; a bad magic or an absurd WRITE ends the connection. A client
+ * that does not read its replies, or asks for more than the buffers hold, stalls alone: its socket
+ * is not read. End of stream: writes already read whole are finished, a partly received slice is
+ * dropped. Full hang-up: unread input is dropped, so that a stale write cannot come after those of
+ * a new connection.
  */
-#include "engine_internal.h"
+#include "nbd_internal.h"
 
 #include <endian.h>
 
-enum { REQUEST_MAGIC = 0x25609513, REPLY_MAGIC = 0x67446698, REQUEST_BYTES = 28 };
-enum { COMMAND_READ = 0, COMMAND_WRITE, COMMAND_DISC, COMMAND_FLUSH, COMMAND_TRIM, COMMAND_CACHE,
-	COMMAND_WRITE_ZEROES };
-enum { FLAG_FUA = 1, FLAG_NO_HOLE = 2 };
 enum { RECEIVES_PER_TURN = 8 };
-
-/* ---- replies ---- */
-
-/* NBD's own error numbers; anything else that goes wrong inside is an I/O error to the guest. Never ENOSPC for our
- * reasons: it is set only for a request beyond the end. */
-static uint32_t wire_error(int error)
-{
-	switch (error) {
-	case 0:
-	case EPERM:
-	case EINVAL:
-	case ENOSPC:
-		return (uint32_t)error;
-	default:
-		return EIO;
-	}
-}
-
-static void request_free(struct request *request)
-{
-	struct connection *connection = request->connection;
-
-	while (!list_is_empty(&request->reads)) {
-		struct read *read = CONTAINER(request->reads.next, struct read, in_request);
-		list_remove(&read->in_request);
-		read->request = NULL;
-		read_release(read);
-	}
-	if (request->reading)
-		connection->reading_bytes -= request->length_bytes;
-	list_remove(&request->in_connection);
-	list_remove(&request->in_replies);
-	connection->inflight--;
-	connection->engine->counters.inflight_requests--;
-	connection->engine->resume_wanted = true;
-	free(request);
-}
-
-void request_finish(struct request *request)
-{
-	struct connection *connection = request->connection;
-	uint32_t magic = htobe32(REPLY_MAGIC), error = htobe32(wire_error(request->error));
-
-	if (connection->broken) {
-		request_free(request);
-		return;
-	}
-	memcpy(request->header, &magic, 4);
-	memcpy(request->header + 4, &error, 4);
-	memcpy(request->header + 8, &request->handle, 8);
-	list_append(&connection->replies, &request->in_replies);
-}
-
-void request_slice_done(struct request *request)
-{
-	assert(request->pending);
-	if (--request->pending)
-		return;
-	if (request->command != COMMAND_READ && (request->flags & FLAG_FUA) && !request->error)
-		log_wait_for_sync(request->connection->volume, request);
-	else
-		request_finish(request);
-}
-
-void request_error(struct request *request, int error)
-{
-	if (!request->error)
-		request->error = error;
-}
 
 /* ---- requests ---- */
 
@@ -170,7 +99,8 @@ static void start_read(struct request *request)
 	request->connection->reading_bytes += request->length_bytes;
 	volume->engine->counters.read_bytes += request->length_bytes;
 	while (request->length_bytes && first < end) {
-		uint32_t count = end - first > SLICE_BLOCKS ? SLICE_BLOCKS : (uint32_t)(end - first);
+		uint32_t count = end - first > SLICE_BLOCKS ? SLICE_BLOCKS
+							    : (uint32_t)(end - first);
 		struct read *read = read_new(volume, first, count);
 
 		if (!read) {
@@ -211,7 +141,8 @@ static bool zero_edge(struct request *request, uint64_t first_byte, uint64_t len
 	return true;
 }
 
-/* TRIM and WRITE_ZEROES: the edges that cover a block partly are written, whole blocks become one range. */
+/* TRIM and WRITE_ZEROES: the edges that cover a block partly are written, whole blocks become one
+ * range. */
 static void start_range(struct request *request)
 {
 	uint64_t at = request->offset_bytes, end = at + request->length_bytes;
@@ -221,7 +152,8 @@ static void start_range(struct request *request)
 	bool ok = true, trim = request->command == COMMAND_TRIM;
 
 	if (end == volume->size_bytes && end % MP_BLOCK_BYTES)
-		last = (end / MP_BLOCK_BYTES + 1) * MP_BLOCK_BYTES; /* nothing lies behind the end */
+		/* nothing lies behind the end */
+		last = (end / MP_BLOCK_BYTES + 1) * MP_BLOCK_BYTES;
 	if (trim)
 		volume->counters.trims++;
 	else
@@ -263,8 +195,9 @@ static void start_flush(struct request *request)
 
 /* ---- receiving ---- */
 
-/* Guests share the buffers. Whatever clients that do not read their replies hold, a connection that holds nothing
- * gets one slice out of the reserve, and a large request alone in the engine is always served. */
+/* Guests share the buffers. Whatever clients that do not read their replies hold, a connection that
+ * holds nothing gets one slice out of the reserve, and a large request alone in the engine is
+ * always served. */
 static bool buffers_allow(const struct connection *connection, uint64_t bytes)
 {
 	const struct mp_engine *engine = connection->engine;
@@ -289,15 +222,16 @@ static void pause_reading(struct connection *connection)
 	}
 }
 
-static void break_connection(struct connection *connection)
+void connection_break(struct connection *connection)
 {
 	connection->broken = true;
 	connection->state = RECEIVE_STOPPED;
 	connection->receive_begin = connection->receive_end = 0;
 }
 
-/* A WRITE being received will never be whole: forget the slice; what was cut before goes its way. */
-static void abandon_write(struct connection *connection)
+/* A WRITE being received will never be whole: forget the slice; what was cut before goes its
+ * way. */
+void connection_abandon_write(struct connection *connection)
 {
 	struct request *request = connection->writing;
 
@@ -319,7 +253,7 @@ static void discard_payload(struct connection *connection, struct request *reque
 	connection->state = connection->payload_left ? RECEIVE_DISCARD : RECEIVE_HEADER;
 	if (request->length_bytes > NBD_DISCARD_MAX) {
 		connection->engine->counters.protocol_errors++;
-		break_connection(connection);
+		connection_break(connection);
 	}
 	request_error(request, error);
 	request_finish(request);
@@ -383,7 +317,7 @@ static bool parse_header(struct connection *connection)
 	memcpy(&length, header + 24, 4);
 	if (be32toh(magic) != REQUEST_MAGIC) {
 		connection->engine->counters.protocol_errors++;
-		break_connection(connection);
+		connection_break(connection);
 		return false;
 	}
 	if (connection->inflight >= REQUESTS_MAX ||
@@ -501,7 +435,8 @@ static void parse(struct connection *connection)
 	}
 }
 
-/* The rest of a large slice is received in place; what comes behind it goes to the receive buffer. */
+/* The rest of a large slice is received in place; what comes behind it goes to the receive
+ * buffer. */
 static int64_t receive_some(struct connection *connection)
 {
 	struct mp_engine *engine = connection->engine;
@@ -533,7 +468,7 @@ static int64_t receive_some(struct connection *connection)
 	return got;
 }
 
-static bool may_receive(const struct connection *connection)
+bool connection_may_receive(const struct connection *connection)
 {
 	return !connection->paused && !connection->ended && !connection->broken &&
 	       connection->state != RECEIVE_STOPPED;
@@ -543,7 +478,7 @@ static void receive_all(struct connection *connection)
 {
 	int i;
 
-	for (i = 0; i < RECEIVES_PER_TURN && may_receive(connection); i++) {
+	for (i = 0; i < RECEIVES_PER_TURN && connection_may_receive(connection); i++) {
 		int64_t got = receive_some(connection);
 
 		if (got == -EAGAIN)
@@ -555,8 +490,8 @@ static void receive_all(struct connection *connection)
 		connection->ended = true;
 		connection->state = RECEIVE_STOPPED;
 		if (got < 0)
-			break_connection(connection);
-		abandon_write(connection);
+			connection_break(connection);
+		connection_abandon_write(connection);
 	}
 }
 
@@ -566,171 +501,19 @@ void connections_ready(void *owner, void *context, uint32_t ready)
 
 	(void)owner;
 	if ((ready & MP_SOCKET_HANGUP) && !connection->ended) {
-		/* Both directions are gone: nothing can be answered, and unread writes must not be carried out
-		 * later than those that the client may have sent again on a new connection. */
+		/* Both directions are gone: nothing can be answered, and unread writes must not be
+		 * carried out later than those that the client may have sent again on a new
+		 * connection. */
 		connection->ended = true;
-		break_connection(connection);
-		abandon_write(connection);
+		connection_break(connection);
+		connection_abandon_write(connection);
 		return;
 	}
 	if (ready & MP_SOCKET_READ)
 		receive_all(connection);
 }
 
-/* ---- sending ---- */
-
-static int gather(const struct connection *connection, struct iovec *iov)
-{
-	const struct link *link, *slice;
-	int count = 0;
-
-	for (link = connection->replies.next; link != &connection->replies; link = link->next) {
-		struct request *request = CONTAINER(link, struct request, in_replies);
-		uint64_t skip = request->offset_bytes % MP_BLOCK_BYTES;
-		uint64_t left = request->error ? 0 : request->length_bytes;
-
-		if (count + 1 > REPLY_IOVECS)
-			break;
-		iov[count].iov_base = request->header;
-		iov[count++].iov_len = sizeof request->header;
-		if (request->command != COMMAND_READ)
-			continue;
-		for (slice = request->reads.next; slice != &request->reads && left;
-		     slice = slice->next) {
-			struct read *read = CONTAINER(slice, struct read, in_request);
-			uint64_t length = read->buffer_bytes - skip;
-
-			if (count == REPLY_IOVECS)
-				return count;
-			iov[count].iov_base = read->buffer + skip;
-			iov[count].iov_len = length < left ? length : left;
-			left -= iov[count++].iov_len;
-			skip = 0;
-		}
-	}
-	return count;
-}
-
-static uint64_t reply_bytes(const struct request *request)
-{
-	bool data = request->command == COMMAND_READ && !request->error;
-
-	return sizeof request->header + (data ? request->length_bytes : 0);
-}
-
-static void advance(struct connection *connection, uint64_t sent)
-{
-	connection->sent_bytes += sent;
-	while (!list_is_empty(&connection->replies)) {
-		struct request *request =
-			CONTAINER(connection->replies.next, struct request, in_replies);
-		uint64_t bytes = reply_bytes(request);
-
-		if (connection->sent_bytes < bytes)
-			return;
-		connection->sent_bytes -= bytes;
-		request_free(request);
-	}
-}
-
-static void set_interest(struct connection *connection, bool write)
-{
-	struct mp_engine *engine = connection->engine;
-	uint32_t interest = (may_receive(connection) ? MP_SOCKET_READ : 0U) |
-			    (write ? MP_SOCKET_WRITE : 0U);
-
-	if (interest == connection->interest)
-		return;
-	connection->interest = interest;
-	engine->driver->watch(engine->driver->self, connection->socket, interest, connection);
-}
-
-/* Skip what was sent of the first iovecs already. */
-static int trim_sent(struct iovec *iov, int count, uint64_t sent)
-{
-	int i, keep = 0;
-
-	for (i = 0; i < count; i++) {
-		if (sent >= iov[i].iov_len) {
-			sent -= iov[i].iov_len;
-			continue;
-		}
-		iov[keep].iov_base = (uint8_t *)iov[i].iov_base + sent;
-		iov[keep++].iov_len = iov[i].iov_len - sent;
-		sent = 0;
-	}
-	return keep;
-}
-
-static void send_replies(struct connection *connection)
-{
-	struct mp_engine *engine = connection->engine;
-	struct iovec iov[REPLY_IOVECS];
-	int64_t sent = 0;
-
-	while (!list_is_empty(&connection->replies) && !connection->broken) {
-		int count = trim_sent(iov, gather(connection, iov), connection->sent_bytes);
-
-		if (count == 0) { /* more slices than iovecs, all of them sent: cannot be, one slice is one */
-			break_connection(connection);
-			break;
-		}
-		sent = engine->driver->send(engine->driver->self, connection->socket, iov, count);
-		if (sent == -EAGAIN)
-			break;
-		if (sent < 0) {
-			break_connection(connection);
-			abandon_write(connection);
-			break;
-		}
-		advance(connection, (uint64_t)sent);
-	}
-	while (connection->broken && !list_is_empty(&connection->replies))
-		request_free(CONTAINER(connection->replies.next, struct request, in_replies));
-	/* Broken too: a hang-up that is still watched is reported for ever. */
-	set_interest(connection, sent == -EAGAIN && !connection->broken);
-}
-
-static bool may_close(const struct connection *connection)
-{
-	bool no_more = connection->disconnected || connection->ended || connection->broken ||
-		       connection->stopping;
-
-	return no_more && connection->inflight == 0;
-}
-
-static void connection_close(struct connection *connection)
-{
-	struct mp_engine *engine = connection->engine;
-
-	assert(!connection->writing && !connection->slice);
-	engine->driver->close_socket(engine->driver->self, connection->socket);
-	engine_volume_event(connection->volume, MP_EVENT_CONNECTION_CLOSED,
-			    connection->disconnected ? 1 : 0, connection->cookie);
-	connection->volume->connections--;
-	/* A guest went away: a good time to save what its reads brought in, while that is cheap. */
-	engine->checkpoint.wanted |=
-		engine->checkpoint.slot_changes > 0 &&
-		engine->super.checkpoint_length_bytes <= CHECKPOINT_CHEAP_BYTES;
-	engine->connection_count--;
-	engine->paused -= connection->paused;
-	list_remove(&connection->in_engine);
-	free(connection->receive);
-	free(connection);
-}
-
-void connections_flush(struct mp_engine *engine)
-{
-	struct link *link = engine->connections.next;
-
-	while (link != &engine->connections) {
-		struct connection *connection = CONTAINER(link, struct connection, in_engine);
-		link = link->next;
-		send_replies(connection);
-		if (may_close(connection))
-			connection_close(connection);
-	}
-}
+/* ---- connections ---- */
 
 void connections_resume(struct mp_engine *engine)
 {
@@ -748,7 +531,7 @@ void connections_resume(struct mp_engine *engine)
 		engine->paused--;
 		parse(connection);
 		if (!connection->broken)
-			set_interest(connection, !list_is_empty(&connection->replies));
+			connection_watch(connection, !list_is_empty(&connection->replies));
 	}
 }
 
@@ -756,7 +539,7 @@ void connection_stop(struct connection *connection)
 {
 	connection->stopping = true;
 	connection->state = RECEIVE_STOPPED;
-	abandon_write(connection);
+	connection_abandon_write(connection);
 }
 
 int connection_open(struct mp_engine *engine, struct volume *volume, const struct command *command)
@@ -788,4 +571,32 @@ int connection_open(struct mp_engine *engine, struct volume *volume, const struc
 	engine->driver->watch(engine->driver->self, connection->socket, MP_SOCKET_READ, connection);
 	parse(connection);
 	return 0;
+}
+
+static void request_forget(struct request *request)
+{
+	while (!list_is_empty(&request->reads)) {
+		struct read *read = CONTAINER(request->reads.next, struct read, in_request);
+		list_remove(&read->in_request);
+		free(read);
+	}
+	list_remove(&request->in_connection);
+	free(request);
+}
+
+/* The engine goes away under its connections: only in a simulated crash. */
+void connections_free(struct mp_engine *engine)
+{
+	while (!list_is_empty(&engine->connections)) {
+		struct connection *connection =
+			CONTAINER(engine->connections.next, struct connection, in_engine);
+
+		while (!list_is_empty(&connection->requests))
+			request_forget(CONTAINER(connection->requests.next, struct request,
+						 in_connection));
+		free(connection->slice);
+		list_remove(&connection->in_engine);
+		free(connection->receive);
+		free(connection);
+	}
 }

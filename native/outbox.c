@@ -1,4 +1,5 @@
-/* outbox.c - what the control plane takes from an engine: events, frames, counters. Any thread, under the mutex. */
+/* outbox.c - what the control plane takes from an engine: events, frames, counters. Any thread,
+ * under the mutex. */
 #include "engine_internal.h"
 
 int64_t mp_engine_take_batch(struct mp_engine *engine, const uint8_t *id, void *out,

@@ -1,9 +1,12 @@
-/* reads.c - a slice of consecutive blocks, gathered from tombstones, write log, read slots and the store.
+/* reads.c - a slice of consecutive blocks, gathered from tombstones, write log, read slots and the
+ * store.
  *
- * Happy path: look every block up (newest first: log index and tombstones by sequence, then slots), read runs
- * straight into the slice's buffer, verify each block's checksum, reply. What is nowhere here is fetched (fetch.c).
- * Failure modes: a slot that does not verify is dropped and fetched again; a log block that does not verify is EIO,
- * counted, and fails the volume loudly: it is the only copy of acknowledged data, never a miss, never zeroes.
+ * Happy path: look every block up (newest first: log index and tombstones by sequence, then slots),
+ * read runs straight into the slice's buffer, verify each block's checksum, reply. What is nowhere
+ * here is fetched (fetch.c).
+ * Failure modes: a slot that does not verify is dropped and fetched again; a log block that does
+ * not verify is EIO, counted, and fails the volume loudly: it is the only copy of acknowledged
+ * data, never a miss, never zeroes.
  */
 #include "engine_internal.h"
 
@@ -27,7 +30,8 @@ struct read *read_new(struct volume *volume, uint64_t first_block, uint32_t bloc
 	return read;
 }
 
-/* Free when nobody needs the buffer: no slot write from it, and the reply (or the mutation) is done with it. */
+/* Free when nobody needs the buffer: no slot write from it, and the reply (or the mutation) is done
+ * with it. */
 void read_release(struct read *read)
 {
 	if (!read->finished || read->fills || read->pending || read->request || read->mutation)
@@ -156,12 +160,14 @@ static void verify(struct part *part)
 			if (low != source->checksum)
 				slot_block_bad(read, i);
 			else if (source->restored)
-				mp_slots_verified(engine->slots, source->place, read->first_block + i);
+				mp_slots_verified(engine->slots, source->place,
+						  read->first_block + i);
 		}
 	}
 }
 
-/* A device error is no reason to lose data that is elsewhere: slots become misses, the log is EIO. */
+/* A device error is no reason to lose data that is elsewhere: slots become misses, the log is
+ * EIO. */
 static void device_error(struct part *part)
 {
 	struct read *read = part->read;
@@ -241,7 +247,8 @@ static void start_part(struct read *read, uint32_t first, uint32_t count)
 	engine_submit(engine, &part->io);
 }
 
-/* A run is one device read: same kind, consecutive on the device, within one slot or one segment. */
+/* A run is one device read: same kind, consecutive on the device, within one slot or one
+ * segment. */
 static uint32_t run_length(const struct read *read, uint32_t first)
 {
 	const struct mp_engine *engine = read->volume->engine;

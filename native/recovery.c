@@ -1,15 +1,19 @@
 /* recovery.c - from what a crash left on the device to a state that may serve.
  *
- * Order: newest valid superblock -> its checkpoint (volumes, segment table, tombstones, index, slots) -> first record of every
- * segment that the checkpoint does not know in a chain -> each chain is followed from its position in the checkpoint,
- * record by record, data verified, index and slots brought up to date -> one sync, so that what was found is durable
- * before it is built upon -> a new incarnation in the superblock, synced, before anything is appended.
+ * Order: newest valid superblock -> its checkpoint (volumes, segment table, tombstones, index,
+ * slots) -> first record of every segment that the checkpoint does not know in a chain -> each
+ * chain is followed from its position in the checkpoint, record by record, data verified, index and
+ * slots brought up to date -> one sync, so that what was found is durable before it is built upon
+ * -> a new incarnation in the superblock, synced, before anything is appended.
  *
- * A chain ends at the first record that does not verify or does not follow. When anything behind it proves that the chain
- * had been synced beyond that point, it is not an end but corruption: the volume fails, nothing of it is changed.
+ * A chain ends at the first record that does not verify or does not follow. When anything behind it
+ * proves that the chain had been synced beyond that point, it is not an end but corruption: the
+ * volume fails, nothing of it is changed.
  *
- * What a crash during recovery leaves: nothing was written before the superblock; that write goes to the older copy.
- * Failure modes: no valid superblock, an unknown version or feature, a checkpoint that does not verify: one line, no start.
+ * What a crash during recovery leaves: nothing was written before the superblock; that write goes
+ * to the older copy.
+ * Failure modes: no valid superblock, an unknown version or feature, a checkpoint that does not
+ * verify: one line, no start.
  */
 #include <stdio.h>
 
@@ -18,9 +22,10 @@
 /* First record of a segment outside the chains of the checkpoint: a chain may go on there. */
 struct candidate {
 	uint8_t volume[16];
-	uint64_t ordinal, previous_checksum, incarnation;
+	uint64_t ordinal, previous_checksum, incarnation, synced_sequence;
 	bool valid;
-	bool suspect; /* not valid, yet something was written there: torn, or damaged */
+	/* not valid, and not blank: its first record may be what is damaged */
+	bool suspect;
 };
 struct recovery {
 	struct mp_engine *engine;
@@ -65,28 +70,33 @@ static int read_candidates(struct recovery *recovery)
 		const struct mp_record *record;
 		int64_t length, rc;
 
-		/* The longest header is 64 KiB; its first block tells whether more is worth reading. */
+		/* The longest header is 64 KiB; its first block tells whether more is worth
+		 * reading. The second tells a segment that was never used from one whose header was
+		 * wiped. */
 		rc = mp_driver_read(engine->driver, 0, segment_offset_bytes(engine, i),
-				    recovery->memory, MP_BLOCK_BYTES);
+				    recovery->memory, 2 * MP_BLOCK_BYTES);
 		record = (const struct mp_record *)(const void *)recovery->memory;
 		if (rc >= 0 && record->magic == MP_RECORD_MAGIC &&
 		    record->header_length_bytes > MP_BLOCK_BYTES)
 			rc = mp_driver_read(engine->driver, 0, segment_offset_bytes(engine, i),
 					    recovery->memory, 65536);
 		if (rc < 0)
-			return (int)rc; /* a chain may go on there: to take it for ended could drop writes */
+			/* a chain may go on there: to take it for ended could drop writes */
+			return (int)rc;
 		record = record_at(engine, recovery->memory, 0, &length);
-		candidate->suspect = !record && !mp_is_zero(recovery->memory, MP_BLOCK_BYTES);
+		candidate->suspect = !record && !mp_is_zero(recovery->memory, 2 * MP_BLOCK_BYTES);
 		if (!record)
 			continue;
 		memcpy(candidate->volume, record->volume, sizeof candidate->volume);
 		candidate->ordinal = record->segment_ordinal;
 		candidate->previous_checksum = record->previous_checksum;
 		candidate->incarnation = record->incarnation;
+		candidate->synced_sequence = record->synced_sequence;
 		candidate->valid = true;
 		if (record->incarnation >> 32 > engine->super.incarnation >> 32)
 			return complain(recovery, -EBADMSG,
-					"the log is newer than the superblock: the newest superblock "
+					"the log is newer than the superblock: the newest "
+					"superblock "
 					"is damaged; nothing was changed");
 		if (engine->segments[i].state == SEGMENT_CHAIN)
 			engine->segments[i].first_sequence =
@@ -288,23 +298,60 @@ static void adopt(struct volume *volume, uint32_t segment)
 	volume->head_offset_bytes = 0;
 }
 
-/* Does the record at offset of memory, if there is one, prove that its chain was synced further than it goes?
- * Stale ones tell of lower sequences, or are of an earlier incarnation. */
-static struct volume *proves_damage(const struct recovery *recovery, uint64_t offset_bytes)
+/* Is there, in the segment in memory, a record behind the chain's end that tells of a sync beyond
+ * it? Old bytes of other chains and of earlier lives of the segment have lower ordinals, other
+ * volumes or incarnations. */
+static bool memory_tells(const struct recovery *recovery, const struct volume *volume,
+			 uint64_t offset_bytes)
 {
-	struct mp_engine *engine = recovery->engine;
-	struct volume *volume;
+	const struct mp_engine *engine = recovery->engine;
 	int64_t length;
-	const struct mp_record *record = record_at(engine, recovery->memory, offset_bytes, &length);
 
-	if (!record)
-		return NULL;
-	volume = volume_by_id(engine, record->volume);
-	if (!volume || volume->failed || record->segment_ordinal < volume->head_ordinal ||
-	    !incarnation_follows(volume, record->incarnation) ||
-	    record->synced_sequence <= volume->last_sequence)
-		return NULL;
-	return volume;
+	for (; offset_bytes < engine->super.log_segment_bytes; offset_bytes += MP_BLOCK_BYTES) {
+		const struct mp_record *record =
+			record_at(engine, recovery->memory, offset_bytes, &length);
+		if (record && memcmp(record->volume, volume->id, sizeof record->volume) == 0 &&
+		    record->segment_ordinal >= volume->head_ordinal &&
+		    incarnation_follows(volume, record->incarnation) &&
+		    record->synced_sequence > volume->last_sequence)
+			return true;
+	}
+	return false;
+}
+
+static bool may_tell(const struct recovery *recovery, const struct volume *volume, uint32_t segment)
+{
+	const struct candidate *candidate = &recovery->candidates[segment];
+
+	if (recovery->engine->segments[segment].state == SEGMENT_CHAIN)
+		return false;
+	return candidate->suspect ||
+	       (candidate->valid && candidate->ordinal > volume->head_ordinal &&
+		memcmp(candidate->volume, volume->id, sizeof candidate->volume) == 0 &&
+		incarnation_follows(volume, candidate->incarnation));
+}
+
+/* Does anything behind the end prove that the chain was synced further than it goes? 1: yes. A
+ * damaged record at the start of a segment hides the whole of it from next_segment, so segments
+ * that do not begin as they should are read, too. */
+static int synced_beyond(struct recovery *recovery, const struct volume *volume,
+			 bool memory_is_head)
+{
+	const struct mp_engine *engine = recovery->engine;
+	uint32_t i;
+
+	if (volume->synced_sequence > volume->last_sequence ||
+	    (memory_is_head && memory_tells(recovery, volume, volume->head_offset_bytes)))
+		return 1;
+	for (i = 0; i < engine->segment_count; i++) {
+		int rc = may_tell(recovery, volume, i) ? load_segment(recovery, i) : 1;
+
+		if (rc < 0)
+			return rc;
+		if (rc == 0 && memory_tells(recovery, volume, 0))
+			return 1;
+	}
+	return 0;
 }
 
 /* What lies behind the damage is the operator's: keep those segments from being used again. */
@@ -315,11 +362,13 @@ static void preserve(const struct recovery *recovery, const struct volume *volum
 
 	for (i = 0; i < engine->segment_count; i++) {
 		const struct candidate *candidate = &recovery->candidates[i];
-		bool ours = candidate->valid && memcmp(candidate->volume, volume->id,
-						       sizeof candidate->volume) == 0;
-		if ((ours || candidate->suspect) && engine->segments[i].state == SEGMENT_FREE) {
+		if (engine->segments[i].state == SEGMENT_FREE &&
+		    (candidate->suspect ||
+		     (candidate->valid &&
+		      memcmp(candidate->volume, volume->id, sizeof candidate->volume) == 0))) {
 			engine->segments[i].state = SEGMENT_WAITING;
-			engine->segments[i].released_serial = UINT64_MAX; /* no checkpoint frees it */
+			/* no checkpoint frees it */
+			engine->segments[i].released_serial = UINT64_MAX;
 			engine->segments_free--;
 		}
 	}
@@ -331,50 +380,6 @@ static void damaged(const struct recovery *recovery, struct volume *volume)
 	preserve(recovery, volume);
 	volume_fail(volume, EIO, "the write log is damaged below a synced point; nothing was "
 				 "dropped, restore the device or accept the loss");
-}
-
-/* Look for proof behind the ends, in the segment in memory. */
-static void find_damage(const struct recovery *recovery, uint64_t from_bytes)
-{
-	uint64_t at, end = recovery->engine->super.log_segment_bytes;
-
-	for (at = from_bytes; at < end; at += MP_BLOCK_BYTES) {
-		struct volume *volume = proves_damage(recovery, at);
-		if (volume)
-			damaged(recovery, volume);
-	}
-}
-
-static bool may_prove(const struct recovery *recovery, uint32_t segment)
-{
-	const struct candidate *candidate = &recovery->candidates[segment];
-	const struct volume *volume;
-
-	if (recovery->engine->segments[segment].state == SEGMENT_CHAIN)
-		return false;
-	if (!candidate->valid)
-		return candidate->suspect;
-	volume = volume_by_id(recovery->engine, candidate->volume);
-	return volume && candidate->ordinal > volume->head_ordinal &&
-	       incarnation_follows(volume, candidate->incarnation);
-}
-
-/* The first record of a later segment need not prove anything, or is itself the damaged one: look at them all.
- * A power cut leaves few such segments: those that were begun and lost their link. */
-static int look_beyond(struct recovery *recovery)
-{
-	uint32_t i;
-	int rc;
-
-	for (i = 0; i < recovery->engine->segment_count; i++) {
-		if (!may_prove(recovery, i))
-			continue;
-		rc = load_segment(recovery, i);
-		if (rc)
-			return rc;
-		find_damage(recovery, 0);
-	}
-	return 0;
 }
 
 static int follow_chain(struct recovery *recovery, struct volume *volume)
@@ -405,11 +410,10 @@ static int follow_chain(struct recovery *recovery, struct volume *volume)
 		if (volume->head_offset_bytes == 0)
 			break; /* its first record has a good header and bad data: the end */
 	}
-	if (volume->synced_sequence > volume->last_sequence)
+	rc = synced_beyond(recovery, volume, loaded);
+	if (rc == 1)
 		damaged(recovery, volume);
-	else if (loaded)
-		find_damage(recovery, volume->head_offset_bytes);
-	return 0;
+	return rc < 0 ? rc : 0;
 }
 
 /* ---- the whole ---- */
@@ -430,14 +434,13 @@ static int follow_chains(struct recovery *recovery)
 		volume->applied_incarnation = volume->head_incarnation;
 		volume->applied_ordinal = volume->head_ordinal;
 	}
-	if (rc == 0)
-		rc = look_beyond(recovery);
 	if (rc && !recovery->message[0])
 		complain(recovery, rc, "the write log cannot be read");
 	return rc;
 }
 
-/* What was found must be durable before anything builds on it; then a new incarnation, before the first append. */
+/* What was found must be durable before anything builds on it; then a new incarnation, before the
+ * first append. */
 static int seal_recovery(struct mp_engine *engine)
 {
 	struct mp_cache_super super = engine->super;

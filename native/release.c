@@ -1,11 +1,15 @@
-/* release.c - give log segments back: keep what is worth keeping as read slots, then let the segment wait for a checkpoint.
+/* release.c - give log segments back: keep what is worth keeping as read slots, then let the
+ * segment wait for a checkpoint.
  *
- * Happy path: the tail segment of a chain is wholly destaged and free segments run low -> read it -> each block that the index
- * still finds here is offered to the slots (admission decides) and written there from the scan's memory -> the index
- * forgets it -> no pins left -> the segment leaves the chain and waits until a checkpoint that began later is durable.
+ * Happy path: the tail segment of a chain is wholly destaged and free segments run low -> read it
+ * -> each block that the index still finds here is offered to the slots (admission decides) and
+ * written there from the scan's memory -> the index forgets it -> no pins left -> the segment
+ * leaves the chain and waits until a checkpoint that began later is durable.
  *
- * What a crash leaves: the segment is untouched until that checkpoint; the last checkpoint's index may point into it, rightly.
- * Failure modes: unreadable or not verifying: its data is at the store already; the index forgets it, slots get nothing.
+ * What a crash leaves: the segment is untouched until that checkpoint; the last checkpoint's index
+ * may point into it, rightly.
+ * Failure modes: unreadable or not verifying: its data is at the store already; the index forgets
+ * it, slots get nothing.
  */
 #include "encode.h"
 
@@ -24,7 +28,8 @@ static uint64_t end_sequence(const struct mp_engine *engine, const struct volume
 {
 	uint32_t next = engine->segments[volume->tail_segment].next;
 
-	return next == NO_SEGMENT ? volume->last_sequence + 1 : engine->segments[next].first_sequence;
+	return next == NO_SEGMENT ? volume->last_sequence + 1
+				  : engine->segments[next].first_sequence;
 }
 
 static bool is_releasable(const struct volume *volume)
@@ -34,7 +39,8 @@ static bool is_releasable(const struct volume *volume)
 
 	if (tail == NO_SEGMENT || volume->failed)
 		return false;
-	/* A head too, when nothing is under way to it: or idle volumes would hold a segment each, for ever. */
+	/* A head too, when nothing is under way to it: or idle volumes would hold a segment each,
+	 * for ever. */
 	if (tail == volume->head_segment &&
 	    (volume->appends_inflight || !list_is_empty(&volume->ready)))
 		return false;
@@ -235,7 +241,8 @@ static bool at_end(const struct mp_engine *engine)
 	return engine->release.next_sequence == engine->release.end_sequence;
 }
 
-/* Offer extents of the record at the parse position; returns the blocks looked at. True when the record is done. */
+/* Offer extents of the record at the parse position; returns the blocks looked at. True when the
+ * record is done. */
 static bool release_record(struct mp_engine *engine, uint32_t *steps)
 {
 	struct release *release = &engine->release;
@@ -354,13 +361,15 @@ void release_step(struct mp_engine *engine)
 		if (!release->volume)
 			return;
 		release->parsed = release->broken = false;
-		/* From here on blocks leave the index: what was asked of the store before is too old to keep. */
+		/* From here on blocks leave the index: what was asked of the store before is too
+		 * old to keep. */
 		release->volume->release_generation++;
 		release->extent = 0;
 		release->parse_offset_bytes = 0;
 		release->end_sequence = end_sequence(engine, release->volume);
 		if (release->volume->tail_segment == release->volume->head_segment)
-			release->volume->head_offset_bytes = engine->super.log_segment_bytes; /* full */
+			/* full */
+			release->volume->head_offset_bytes = engine->super.log_segment_bytes;
 		release->next_sequence =
 			engine->segments[release->volume->tail_segment].first_sequence;
 		scan_start(engine, &release->scan, release->volume->tail_segment, 0, scan_done);

@@ -1,20 +1,24 @@
-/* rescue.c - after a failed write or sync of the log: write everything since the last good sync again, elsewhere.
+/* rescue.c - after a failed write or sync of the log: write everything since the last good sync
+ * again, elsewhere.
  *
- * A device that failed a sync may have dropped what it covered, and a later sync that succeeds says nothing about it.
- * So, and before anybody is acknowledged again:
+ * A device that failed a sync may have dropped what it covered, and a later sync that succeeds says
+ * nothing about it. So, and before anybody is acknowledged again:
  *
  *   drain       nothing new is submitted; wait for what is in flight
- *   copy        each volume with unsynced records goes on in fresh segments: applied records are read back, verified,
- *               linked anew and written; then those that were in flight, from the guests' buffers
+ *   copy        each volume with unsynced records goes on in fresh segments: applied records are
+ *               read back, verified, linked anew and written; then those that were in flight, from
+ *               the guests' buffers
  *   sync        one for all
  *   checkpoint  it names positions in the new segments: from here on recovery follows them
  *   settle      acknowledge in order; the old segments wait for the next checkpoint
  *
- * What a crash leaves: before the checkpoint's superblock the old chain, untouched: recovery follows it as far as the
- * device kept it, and nothing was acknowledged since the failure. New segments have ordinals behind the old head, and
- * their first record another predecessor, so the old chain never runs into them. After: the new chain.
- * Failure modes: an applied record that does not read back and verify is lost: its volume fails, loudly. A second failure,
- * or no free segment: the engine fails; the device needs its operator, and a restart recovers what it kept.
+ * What a crash leaves: before the checkpoint's superblock the old chain, untouched: recovery
+ * follows it as far as the device kept it, and nothing was acknowledged since the failure. New
+ * segments have ordinals behind the old head, and their first record another predecessor, so the
+ * old chain never runs into them. After: the new chain.
+ * Failure modes: an applied record that does not read back and verify is lost: its volume fails,
+ * loudly. A second failure, or no free segment: the engine fails; the device needs its operator,
+ * and a restart recovers what it kept.
  */
 #include "encode.h"
 
@@ -166,7 +170,8 @@ static void join_chain(struct mp_engine *engine, struct volume *volume)
 {
 	uint32_t at = engine->rescue.old_tail, keep = NO_SEGMENT;
 
-	while (at != NO_SEGMENT && engine->segments[at].ordinal <= volume->synced_position.ordinal) {
+	while (at != NO_SEGMENT &&
+	       engine->segments[at].ordinal <= volume->synced_position.ordinal) {
 		keep = at;
 		at = engine->segments[at].next;
 	}
@@ -203,7 +208,8 @@ static uint32_t payload_address(const struct mp_engine *engine, uint32_t segment
 			   record->header_length_bytes) / MP_BLOCK_BYTES);
 }
 
-/* Give the record in memory a new link and write it to its new place; the index follows when it is there. */
+/* Give the record in memory a new link and write it to its new place; the index follows when it is
+ * there. */
 static void place_record(struct mp_engine *engine, struct volume *volume, struct mp_record *record,
 			 uint64_t length)
 {
@@ -222,8 +228,8 @@ static void place_record(struct mp_engine *engine, struct volume *volume, struct
 	rescue->copying = record;
 	rescue->copying_bytes = length;
 	submit(engine, MP_OP_WRITE,
-	       segment_offset_bytes(engine, volume->head_segment) + volume->head_offset_bytes, record,
-	       length);
+	       segment_offset_bytes(engine, volume->head_segment) + volume->head_offset_bytes,
+	       record, length);
 	volume->head_checksum = record->checksum;
 	volume->head_incarnation = record->incarnation;
 	volume->head_offset_bytes += length;

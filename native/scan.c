@@ -1,7 +1,7 @@
 /* scan.c - read a log segment into memory, a step at a time, for destage and for release.
  *
- * The caller's done callback runs with scan->end_bytes moved on, or with io.result negative. The segment is pinned
- * while a read is in flight.
+ * The caller's done callback runs with scan->end_bytes moved on, or with io.result negative. The
+ * segment is pinned while a read is in flight.
  */
 #include "engine_internal.h"
 
@@ -51,8 +51,8 @@ bool scan_arrived(struct mp_engine *engine, struct scan *scan)
 	return true;
 }
 
-/* The record at offset, when it is whole in memory and follows on sequence: its length; -EAGAIN: read more; else it
- * is no record of this chain. */
+/* The record at offset, when it is whole in memory and follows on sequence: its length; -EAGAIN:
+ * read more; else it is no record of this chain. */
 int64_t scan_record(const struct mp_engine *engine, const struct scan *scan,
 		    const struct volume *volume, uint64_t offset_bytes, uint64_t next_sequence)
 {

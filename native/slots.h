@@ -1,10 +1,12 @@
-/* slots.h - the read cache's table in RAM and its policy: which blocks are in which slot, which stay.
+/* slots.h - the read cache's table in RAM and its policy: which blocks are in which slot, which
+ * stay.
  *
  * Pure state, no I/O: the engine reads and writes slots and tells the table. Engine thread only.
- * A slot holds slot_blocks consecutive blocks of one origin, aligned to slot_blocks, validity per block. RAM: 16
- * bytes per slot (packed) + 4 bytes (checksum) per block + the sketch. Checksum 0 means: known to be zeroes,
- * nothing stored. Policy: frequency decides and fades: a 4-bit counting sketch with ageing, an admission duel
- * (candidate against CLOCK's victim), 2-bit counter per slot; O(1) per access.
+ * A slot holds slot_blocks consecutive blocks of one origin, aligned to slot_blocks, validity per
+ * block. RAM: 16 bytes per slot (packed) + 4 bytes (checksum) per block + the sketch. Checksum 0
+ * means: known to be zeroes, nothing stored. Policy: frequency decides and fades: a 4-bit counting
+ * sketch with ageing, an admission duel (candidate against CLOCK's victim), 2-bit counter per slot;
+ * O(1) per access.
  */
 #ifndef MILLPOND_SLOTS_H
 #define MILLPOND_SLOTS_H
@@ -13,16 +15,21 @@
 
 /* cdef: begin */
 struct mp_slots;
-struct mp_slots_counters { uint64_t used_slots, valid_blocks, evictions, admitted, rejected, invalidated,
+struct mp_slots_counters { uint64_t used_slots, valid_blocks, evictions, admitted, rejected,
+	invalidated,
 	ages, looks; }; /* looks: slots examined to find victims */
-struct mp_slots *mp_slots_new(uint32_t slot_count, uint32_t slot_blocks, uint64_t seed); /* NULL: errno */
+/* NULL: errno */
+struct mp_slots *mp_slots_new(uint32_t slot_count, uint32_t slot_blocks, uint64_t seed);
 void mp_slots_free(struct mp_slots *slots);
-/* The slot that holds this block validly, or -1. checksum: 32 bits; restored: 1 when the entry came from a
- * checkpoint and was not yet seen to verify (a mismatch is then staleness, not corruption). */
-int64_t mp_slots_find(const struct mp_slots *slots, uint32_t origin, uint64_t block, uint32_t *checksum,
-		      int *restored);
-void mp_slots_verified(struct mp_slots *slots, int64_t slot, uint64_t block); /* no longer restored */
-void mp_slots_touch(struct mp_slots *slots, uint32_t origin, uint64_t block); /* one access, hit or miss */
+/* The slot that holds this block validly, or -1. checksum: 32 bits; restored: 1 when the entry came
+ * from a checkpoint and was not yet seen to verify (a mismatch is then staleness, not
+ * corruption). */
+int64_t mp_slots_find(const struct mp_slots *slots, uint32_t origin, uint64_t block,
+		      uint32_t *checksum, int *restored);
+/* no longer restored */
+void mp_slots_verified(struct mp_slots *slots, int64_t slot, uint64_t block);
+/* one access, hit or miss */
+void mp_slots_touch(struct mp_slots *slots, uint32_t origin, uint64_t block);
 /* Make room for this block: its slot if it has one, else a free one, else a victim's. The slot is
  * pinned for the caller and the block is claimed: one reserve per block to be filled. -1: not
  * admitted, everything looked at is pinned, the block is valid already, or it may still be read or
@@ -37,14 +44,15 @@ void mp_slots_install(struct mp_slots *slots, int64_t slot, uint64_t block, uint
 void mp_slots_pin(struct mp_slots *slots, int64_t slot);
 void mp_slots_unpin(struct mp_slots *slots, int64_t slot);
 int mp_slots_pins(const struct mp_slots *slots, int64_t slot);
-void mp_slots_invalidate(struct mp_slots *slots, uint32_t origin, uint64_t first_block, uint64_t block_count);
-/* Invalidate a large range in slices of at most budget steps. Start with cursor 0; returns the next cursor, or
- * UINT64_MAX when done. Chooses per-range or per-table order by which is shorter. */
-uint64_t mp_slots_sweep(struct mp_slots *slots, uint32_t origin, uint64_t first_block, uint64_t block_count,
-			uint64_t cursor, uint32_t budget);
-/* Checkpoint: entries [first, first + count) as struct mp_slot_entry each followed by slot_blocks uint32
- * checksums. load: entries are marked restored; malformed ones are skipped. heat seeds the sketch.
- * load only into a new table, ascending, without overlap. */
+void mp_slots_invalidate(struct mp_slots *slots, uint32_t origin, uint64_t first_block,
+			 uint64_t block_count);
+/* Invalidate a large range in slices of at most budget steps. Start with cursor 0; returns the next
+ * cursor, or UINT64_MAX when done. Chooses per-range or per-table order by which is shorter. */
+uint64_t mp_slots_sweep(struct mp_slots *slots, uint32_t origin, uint64_t first_block,
+			uint64_t block_count, uint64_t cursor, uint32_t budget);
+/* Checkpoint: entries [first, first + count) as struct mp_slot_entry each followed by slot_blocks
+ * uint32 checksums. load: entries are marked restored; malformed ones are skipped. heat seeds the
+ * sketch. load only into a new table, ascending, without overlap. */
 uint64_t mp_slots_entry_bytes(const struct mp_slots *slots);
 void mp_slots_save(const struct mp_slots *slots, uint64_t first, uint64_t count, void *out);
 void mp_slots_load(struct mp_slots *slots, uint64_t first, uint64_t count, const void *in);

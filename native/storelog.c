@@ -72,8 +72,8 @@ static void sync_up_to(struct mp_store *store, const struct store_segment *segme
 	store_submit(store, &store->sync_io, MP_OP_SYNC, segment->id, 0, NULL, 0);
 }
 
-/* Evidence moves on without a sync. A later sync of the same file covers it; one of the next file would
- * not, and a power cut would then take a link out of the chain. */
+/* Evidence moves on without a sync. A later sync of the same file covers it; one of the next file
+ * would not, and a power cut would then take a link out of the chain. */
 static int tail_is_durable(const struct mp_store *store)
 {
 	return store->synced_commit + 1 >= store->position.commit ||

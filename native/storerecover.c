@@ -41,8 +41,9 @@ static int unreadable(struct recovery *recovery, uint64_t segment, uint64_t offs
 		      int64_t error)
 {
 	snprintf(recovery->message, recovery->message_bytes,
-		 "cannot read or sync segment %llu at offset %llu: error %lld; the store was not changed",
-		 (unsigned long long)segment, (unsigned long long)offset_bytes, (long long)-error);
+		 "cannot read or sync segment %llu at offset %llu: error %lld; the store was not "
+		 "changed", (unsigned long long)segment, (unsigned long long)offset_bytes,
+		 (long long)-error);
 	return (int)error;
 }
 
@@ -353,8 +354,9 @@ static int new_incarnation(struct recovery *recovery)
 	return (int)result;
 }
 
-/* What a crash of the daemon left was written, and perhaps never synced. The log goes on in another file,
- * whose syncs would not cover it: without this, a power cut would cut the chain below what is acknowledged. */
+/* What a crash of the daemon left was written, and perhaps never synced. The log goes on in another
+ * file, whose syncs would not cover it: without this, a power cut would cut the chain below what is
+ * acknowledged. */
 static int sync_log(struct recovery *recovery, uint64_t first_segment)
 {
 	struct mp_store *store = recovery->store;

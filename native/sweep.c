@@ -1,9 +1,11 @@
-/* sweep.c - take what tombstones hide out of index and slots, in bounded slices; then forget the tombstone.
+/* sweep.c - take what tombstones hide out of index and slots, in bounded slices; then forget the
+ * tombstone.
  *
- * A tombstone outlives its sweep: it goes only when index and slots hold nothing older of its range and the store
- * has applied it, and no checkpoint is being written. Until then every lookup asks it first, so it does not matter when
- * the sweep gets to run.
- * Failure modes: none; a crash loses only progress (the log or the checkpoint still has the tombstone).
+ * A tombstone outlives its sweep: it goes only when index and slots hold nothing older of its range
+ * and the store has applied it, and no checkpoint is being written. Until then every lookup asks it
+ * first, so it does not matter when the sweep gets to run.
+ * Failure modes: none; a crash loses only progress (the log or the checkpoint still has the
+ * tombstone).
  */
 #include "engine_internal.h"
 
@@ -54,8 +56,8 @@ static void sweep_one(struct volume *volume, struct tombstone *item)
 		item->phase = 2;
 }
 
-/* Not while a checkpoint walks: it captured the tombstone, and would meet what is newer under it neither in the index
- * nor in the log once that is released. Recovery would then read zeroes. */
+/* Not while a checkpoint walks: it captured the tombstone, and would meet what is newer under it
+ * neither in the index nor in the log once that is released. Recovery would then read zeroes. */
 static bool is_over(const struct volume *volume, const struct tombstone *item)
 {
 	if (fault(volume->engine, MP_FAULT_DROP_TOMBSTONE))

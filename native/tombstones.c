@@ -1,7 +1,7 @@
 /* tombstones.c - ranges of blocks that were trimmed or zeroed, newest wins, sorted and disjoint.
  *
- * Happy path: find is a binary search; put cuts what it overlaps and inserts itself (sequences come in
- * ascending order, so the new range always wins).
+ * Happy path: find is a binary search; put cuts what it overlaps and inserts itself (sequences come
+ * in ascending order, so the new range always wins).
  * Failure modes: -ENOMEM, nothing changed.
  */
 #include "engine_internal.h"

@@ -24,17 +24,20 @@ from millpond.native import record as codec
 from millpond.native.engine import Batch, Engine, EngineFailed, Event, NativeError, Opened
 from millpond.native.engine import VolumeFailed
 
+from millpond.native.store import VolumeState
+
 from hostile.spoiling import Region
 
 E = TypeVar("E", bound=Event)
 RUN_BLOCKS = 32
+SETTLE_NS = 200_000_000  # the record that tells of the flush's sync comes 50 ms later
 SUPER_COPIES = (0, 65536)
 
 
 def make_world(seed: int, *, clean: bool) -> World:
     """160 requests, the last one a flush that the log tells of; the cache is down."""
     world = World(Settings(seed=seed, shape=Shape(requests=160)))
-    world.guest.ops.extend((Op(Kind.FLUSH), Op(Kind.PAUSE)))
+    world.guest.ops.extend((Op(Kind.PAUSE), Op(Kind.FLUSH), Op(Kind.PAUSE)))
     world.eagerness = 0.05
     world.bring_up()
     for _ in range(TURNS_MAX):
@@ -42,6 +45,9 @@ def make_world(seed: int, *, clean: bool) -> World:
         if world.guest.is_done:
             break
     assert world.guest.is_done
+    settled_ns = world.cache.sim.now_ns + SETTLE_NS
+    while world.cache.sim.now_ns < settled_ns:
+        world.turn()
     if clean:
         world.stop()
     world.cache.die()
@@ -96,23 +102,33 @@ class Spoiled:
                 accept_loss=False,
             )
         )
-        engine = world.cache.engine
-        engine.open_volume(
-            VOLUME,
-            size_bytes=after.size_bytes,
-            epoch=after.epoch,
-            lineage=77,
-            applied_sequence=after.applied_sequence,
-            keep_slots=positions.slots_are_valid(before, known, CACHE_ID),
-            cookie=1,
-        )
-        if (opened := self._wait_for(Opened)) is None or opened.status:
+        keep_slots = positions.slots_are_valid(before, known, CACHE_ID)
+        if not self._open_at_engine(after, keep_slots=keep_slots):
             self.failed = True
             return
+        engine = world.cache.engine
         engine.dirty_recorded(VOLUME, True)
         engine.link(0, up=True)
         self._socket = world.cache.sim.socket()
         engine.connect(VOLUME, self._socket, read_only=False, received=b"", cookie=9)
+
+    def _open_at_engine(self, state: VolumeState, *, keep_slots: bool) -> bool:
+        """As cache/volumes.py: EBUSY is asked again."""
+        for _ in range(1000):
+            self.world.cache.engine.open_volume(
+                VOLUME,
+                size_bytes=state.size_bytes,
+                epoch=state.epoch,
+                lineage=77,
+                applied_sequence=state.applied_sequence,
+                keep_slots=keep_slots,
+                cookie=1,
+            )
+            opened = self._wait_for(Opened)
+            if opened is None or opened.status != -errno.EBUSY:
+                return opened is not None and opened.status == 0
+            self._turn()
+        raise AssertionError("the engine stays busy")
 
     def _turn(self) -> None:
         """Engine and store, and what runs between them."""

@@ -125,7 +125,7 @@ def seal(data: bytearray, *, at: int = 0, length: int) -> None:
 
 
 def seal_record(data: bytearray, at: int) -> None:
-    """The checksum of a record over its header, table and padding, when its lengths are possible."""
+    """The checksum of a record over header, table and padding, when its lengths are possible."""
     header: Any = ffi.new("struct mp_record *")
     ffi.memmove(header, bytes(data[at : at + lib.MP_RECORD_HEADER_BYTES]), 192)
     length = min(header.header_length_bytes, len(data) - at, 2 << 20)

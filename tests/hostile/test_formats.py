@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 
 import pytest
+
 from hostile.forked import Broken, in_fork
 from hostile.spoiled_cache import Spoiled, make_world, regions
 from hostile.spoiling import damage
@@ -57,6 +58,13 @@ def run_cases(
 
 
 @pytest.mark.parametrize("clean", [True, False], ids=["stopped", "killed"])
+def test_cache_device_that_nobody_spoiled_is_whole(clean: bool) -> None:
+    for seed in range(WORLDS):
+        world = cache_world(seed, clean)
+        assert in_fork(Spoiled(world, newest_only=True).outlive) == "whole"
+
+
+@pytest.mark.parametrize("clean", [True, False], ids=["stopped", "killed"])
 def test_damaged_cache_device_shows_right_data_or_an_error(
     clean: bool, record_property: Record
 ) -> None:
@@ -78,7 +86,8 @@ def test_damaged_cache_device_shows_right_data_or_an_error(
             with noted(done.text):
                 return done.text + "\n" + Spoiled(world, newest_only=not done.cut).outlive()
 
-        return tuple(in_fork(work).rsplit("\n", 1))
+        text, outcome = in_fork(work).rsplit("\n", 1)
+        return text, outcome
 
     name = f"damaged cache device, {'stopped' if clean else 'killed'}"
     outcomes = run_cases(name, record_property, seed, case)

@@ -89,5 +89,3 @@ def find_in_slots(path: Path, block: int) -> int:
             place = found.slots_offset_bytes + index * found.slot_bytes
             return int(place + block % blocks * BLOCK)
     raise AssertionError(f"no slot has block {block}")
-
-

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from millpondprocess import command_line, environment
-
 from millpond.cache import control
+from millpondprocess import command_line, environment
 
 COMMAND_TIMEOUT_S = 120.0
 DRAIN_TIMEOUT_S = 180.0

@@ -14,9 +14,8 @@ import random
 from collections import deque
 from dataclasses import dataclass, field
 
-from nbdclient import ConnectionLost, NbdClient, Reply
-
 from millpond.nbd.wire import Command, CommandFlag
+from nbdclient import ConnectionLost, NbdClient, Reply
 
 SECTOR = 512
 KIB = 1024
@@ -204,9 +203,10 @@ class Stamper:
         for sector in sectors:
             self._open[sector].append((change, self._sector(sector)))
         for look in self._looks.values():
-            if look.expected is not None and look.offset < end:
-                if offset < look.offset + len(look.expected):
-                    look.expected = None
+            if look.expected is None or look.offset >= end:
+                continue
+            if offset < look.offset + len(look.expected):
+                look.expected = None
         return change
 
     def _send_read(self, client: NbdClient) -> None:

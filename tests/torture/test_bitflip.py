@@ -11,16 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import nbdclient
 import pytest
+
+import nbdclient
+from millpond.nbd.wire import Error
 from millpondprocess import Millpond
 from nbdclient import NbdClient, NbdReplyError
 from torture.amounts import seed_for
 from torture.cachefile import find_in_log, find_in_slots, log_records
 from torture.commands import disk_of, export, millpond, status, wait_drained, wait_until
 from torture.storefiles import find_in_store, flip
-
-from millpond.nbd.wire import Error
 
 MIB = 1 << 20
 BLOCK = 4096

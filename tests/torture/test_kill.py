@@ -7,16 +7,13 @@ log goes on being destaged by itself until the store's image is the disk.
 """
 
 import random
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import nbdclient
-import pytest
 from millpondprocess import Millpond
-from nbdclient import ConnectionLost
 from torture.amounts import amount, seed_for
 from torture.commands import disk_of, export, printed_status, wait_drained
 from torture.stamping import MIB, Stamper, Totals

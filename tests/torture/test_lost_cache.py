@@ -1,4 +1,4 @@
-"""The cache device thrown away under load: what the store has is an exact earlier state of the disk.
+"""The cache device thrown away under load: the store has an exact earlier state of the disk.
 
 A client writes one request at a time over a small hot area: request i stamps random blocks with i,
 or trims some that were stamped.  So every prefix of the history is a state that nothing else looks
@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import nbdclient
-import pytest
 from millpondprocess import Millpond
 from torture.amounts import amount, seed_for
 from torture.commands import disk_of, export_from, millpond, refused, serving_store, status

@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import nbdclient
 import pytest
+
+import nbdclient
+from millpond.native import ffi, lib
 from millpondprocess import Millpond
 from torture.cachefile import SUPER_COPIES
 from torture.commands import millpond, refused
 from torture.storefiles import BLOCK, checksum_of, struct_at
-
-from millpond.native import ffi, lib
 
 MIB = 1 << 20
 SIZE_BYTES = 32 * MIB
