@@ -11,22 +11,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from hostile.spoiling import Region
+from millpond.cache import positions
+from millpond.cache.errors import CacheError
+from millpond.native import ffi
+from millpond.native import record as codec
+from millpond.native.engine import (
+    Batch,
+    Engine,
+    EngineFailed,
+    Event,
+    NativeError,
+    Opened,
+    VolumeFailed,
+)
+from millpond.native.store import VolumeState
 from sim.guest import REPLY, REQUEST, REQUEST_MAGIC
 from sim.history import BLOCK, Kind, Op, Shape
 from sim.nodes import CACHE_ID, SEGMENT_BYTES
 from sim.oracle import Illegal
 from sim.world import TURNS_MAX, VOLUME, Settings, World
-
-from millpond.cache import positions
-from millpond.cache.errors import CacheError
-from millpond.native import ffi
-from millpond.native import record as codec
-from millpond.native.engine import Batch, Engine, EngineFailed, Event, NativeError, Opened
-from millpond.native.engine import VolumeFailed
-
-from millpond.native.store import VolumeState
-
-from hostile.spoiling import Region
 
 E = TypeVar("E", bound=Event)
 RUN_BLOCKS = 32
@@ -90,7 +94,7 @@ class Spoiled:
 
     def _open(self) -> None:
         world = self.world
-        before, known = world._record(), world.known()
+        before, known = world.record(), world.known()
         positions.check_still_ours(before, known, CACHE_ID)
         after = world.call(
             world.catalogue.open(

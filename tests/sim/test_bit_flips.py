@@ -15,7 +15,8 @@ from millpond.native.drivers import Sim
 from sim.history import BLOCK, SHAPES, Shape
 from sim.nodes import CacheNode, decode_read_reply
 from sim.oracle import Illegal, is_durable
-from sim.world import PAUSE_NS, VOLUME, Settings, World
+from sim.settings import Settings
+from sim.world import PAUSE_NS, VOLUME, World
 
 # Short: what is damaged is still needed by something.
 SHORT = Shape(requests=60)
