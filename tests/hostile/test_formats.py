@@ -142,4 +142,6 @@ def test_forged_cache_device_ends_in_nothing_worse_than_an_error(
 
         return tuple(in_fork(work).rsplit("\n", 1))
 
-    run_cases(f"forged cache device, {'stopped' if clean else 'killed'}", record_property, seed, case)
+    run_cases(
+        f"forged cache device, {'stopped' if clean else 'killed'}", record_property, seed, case
+    )
