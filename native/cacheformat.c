@@ -67,7 +67,7 @@ int super_check(const struct mp_cache_super *super, uint64_t device_bytes, char 
 	    super->shard_index >= super->shard_count || super->checkpoint_area > 1 ||
 	    !segment_is_possible(super->log_segment_bytes) ||
 	    super->log_segment_count < SEGMENTS_MIN || super->log_segment_count > UINT32_MAX - 1 ||
-	    super->slot_bytes < MP_BLOCK_BYTES || super->slot_bytes % MP_BLOCK_BYTES ||
+	    super->slot_bytes < MP_BLOCK_BYTES || (super->slot_bytes & (super->slot_bytes - 1)) ||
 	    super->slot_bytes > MP_SLOT_BLOCKS_MAX * MP_BLOCK_BYTES || super->slot_count == 0 ||
 	    super->slot_count > INT32_MAX || end / MP_BLOCK_BYTES > UINT32_MAX ||
 	    !inside(super->log_offset_bytes, super->log_segment_count, super->log_segment_bytes,

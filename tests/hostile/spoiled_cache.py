@@ -26,6 +26,7 @@ from millpond.native.engine import (
     VolumeFailed,
 )
 from millpond.native.store import VolumeState
+from millpond.store.errors import StoreError
 from sim.guest import REPLY, REQUEST, REQUEST_MAGIC
 from sim.history import BLOCK, Kind, Op, Shape
 from sim.nodes import CACHE_ID, SEGMENT_BYTES
@@ -83,7 +84,7 @@ class Spoiled:
             return "refused"
         try:
             self._open()
-        except CacheError:
+        except (CacheError, StoreError):
             return "refused"
         if self.failed:
             return "failed"
