@@ -435,8 +435,8 @@ static bool advance(struct mp_engine *engine)
 	case STAGE_SUPER_SYNC:
 		if (!synced(engine))
 			return false;
-		/* The same again over the old copy, which nothing needs any more: one damaged copy loses
-		 * nothing. It needs no sync; the copy that was synced stays as it is. */
+		/* The same again over the old copy, which nothing needs any more: one damaged copy
+		 * loses nothing. It needs no sync; the copy that was synced stays as it is. */
 		checkpoint->stage = STAGE_SECOND;
 		submit(engine, engine->super_copy ? SUPER_COPY_BYTES : 0,
 		       sizeof checkpoint->super);

@@ -140,8 +140,8 @@ def test_forged_cache_device_ends_in_nothing_worse_than_an_error(
             with noted(text):
                 return text + "\n" + Spoiled(world, newest_only=False, trusted=False).outlive()
 
-        return tuple(in_fork(work).rsplit("\n", 1))
+        text, outcome = in_fork(work).rsplit("\n", 1)
+        return text, outcome
 
-    run_cases(
-        f"forged cache device, {'stopped' if clean else 'killed'}", record_property, seed, case
-    )
+    name = f"forged cache device, {'stopped' if clean else 'killed'}"
+    run_cases(name, record_property, seed, case)
