@@ -94,16 +94,21 @@ static int load_tombstones(struct mp_engine *engine, const uint8_t *in, uint64_t
 	for (i = 0; i < count; i++) {
 		struct mp_tombstone entry;
 		struct volume *volume;
+		uint64_t before;
 
 		memcpy(&entry, in + i * sizeof entry, sizeof entry);
 		volume = entry.number < VOLUMES_MAX ? engine->volumes[entry.number] : NULL;
+		before = volume ? volume->tombstones.count : 0;
 		if (!volume || !entry.block_count || entry.block_count > VOLUME_BLOCKS_MAX ||
 		    entry.first_block > VOLUME_BLOCKS_MAX - entry.block_count ||
 		    tombstones_put(&volume->tombstones, entry.first_block, entry.block_count,
 				   entry.sequence))
 			return -EPROTO;
+		/* Disjoint as saved; forged ones replace and split each other. */
+		engine->tombstone_count += volume->tombstones.count;
+		engine->tombstone_count -= before;
 	}
-	return 0;
+	return engine->tombstone_count > TOMBSTONES_MAX ? -EPROTO : 0;
 }
 
 static int load_index(struct mp_engine *engine, const uint8_t *in, uint64_t count)
@@ -173,7 +178,7 @@ static int load_body(struct mp_engine *engine, const struct mp_cache_checkpoint 
 	rc = rc ? rc : load_segments(engine, in, header->segment_count);
 	in += header->segment_count * sizeof(struct mp_segment_entry);
 	rc = rc ? rc : load_tombstones(engine, in, header->tombstone_count);
-	engine->tombstone_count = engine->ledger.saved.ranges = header->tombstone_count;
+	engine->ledger.saved.ranges = engine->tombstone_count;
 	sweep_again(engine);
 	in += header->tombstone_count * sizeof(struct mp_tombstone);
 	rc = rc ? rc : load_index(engine, in, header->index_count);

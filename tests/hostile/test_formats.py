@@ -7,13 +7,12 @@ forger likes, but ends in nothing worse.  The real files are spoiled in test_spo
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import lru_cache
 
 import pytest
 
-from hostile.forked import Broken, in_fork
+from hostile.forked import Broken, Tell, in_fork
 from hostile.spoiled_cache import (
     Spoiled,
     as_super,
@@ -38,25 +37,15 @@ def cache_world(seed: int, clean: bool) -> World:
     return make_world(seed, clean=clean)
 
 
-@contextmanager
-def noted(text: str) -> Iterator[None]:
-    """What was done, with whatever comes of it."""
-    try:
-        yield
-    except BaseException as error:
-        error.add_note(text)
-        raise
-
-
 def run_cases(
-    name: str, record: Record, seed: int, case: Callable[[random.Random], tuple[str, str]]
+    name: str, record: Record, seed: int, case: Callable[[random.Random], str]
 ) -> Counter[str]:
-    """case(chance) forks and returns (what was done, what came of it); Broken gets the place."""
+    """case(chance) forks and returns what came of it; Broken gets the number."""
     outcomes: Counter[str] = Counter()
     count = amount("SPOILS", usual=150, prove=3000)
     for index in range(count):
         try:
-            outcomes[case(random.Random(f"{seed} {name} {index}"))[1]] += 1
+            outcomes[case(random.Random(f"{seed} {name} {index}"))] += 1
         except Broken as error:
             raise AssertionError(f"{name}, seed {seed}, case {index}: {error}") from None
     summary = ", ".join(f"{outcome} {number}" for outcome, number in sorted(outcomes.items()))
@@ -69,7 +58,7 @@ def run_cases(
 def test_cache_device_that_nobody_spoiled_is_whole(clean: bool) -> None:
     for seed in range(WORLDS):
         world = cache_world(seed, clean)
-        assert in_fork(Spoiled(world, newest_only=True).outlive) == "whole"
+        assert in_fork(lambda _, world=world: Spoiled(world, newest_only=True).outlive()) == "whole"
 
 
 @pytest.mark.parametrize("clean", [True, False], ids=["stopped", "killed"])
@@ -78,11 +67,11 @@ def test_damaged_cache_device_shows_right_data_or_an_error(
 ) -> None:
     seed = seed_for("tests/hostile/test_formats.py", 1)
 
-    def case(chance: random.Random) -> tuple[str, str]:
+    def case(chance: random.Random) -> str:
         world = cache_world(chance.randrange(WORLDS), clean)
         state = chance.getstate()
 
-        def work() -> str:
+        def work(tell: Tell) -> str:
             chance.setstate(state)
             sim = world.cache.sim
             done = damage(
@@ -91,8 +80,8 @@ def test_damaged_cache_device_shows_right_data_or_an_error(
                 lambda at, length: sim.peek(offset_bytes=at, length_bytes=length),
                 lambda at, data: sim.poke(offset_bytes=at, data=data),
             )
-            with noted(done.text):
-                return done.text + "\n" + Spoiled(world, newest_only=not done.cut).outlive()
+            tell(done.text)
+            return Spoiled(world, newest_only=not done.cut).outlive()
 
         text, outcome = in_fork(work).rsplit("\n", 1)
         return text, outcome
@@ -130,18 +119,15 @@ def test_forged_cache_device_ends_in_nothing_worse_than_an_error(
 ) -> None:
     seed = seed_for("tests/hostile/test_formats.py", 2)
 
-    def case(chance: random.Random) -> tuple[str, str]:
+    def case(chance: random.Random) -> str:
         world = cache_world(chance.randrange(WORLDS), clean)
         state = chance.getstate()
 
-        def work() -> str:
+        def work(tell: Tell) -> str:
             chance.setstate(state)
-            text = forge_cache(chance, world)
-            with noted(text):
-                return text + "\n" + Spoiled(world, newest_only=False, trusted=False).outlive()
+            tell(forge_cache(chance, world))
+            return Spoiled(world, newest_only=False, trusted=False).outlive()
 
-        text, outcome = in_fork(work).rsplit("\n", 1)
-        return text, outcome
+        return in_fork(work)
 
-    name = f"forged cache device, {'stopped' if clean else 'killed'}"
-    run_cases(name, record_property, seed, case)
+    run_cases(f"forged cache device, {'stopped' if clean else 'killed'}", record_property, seed, case)
