@@ -30,7 +30,8 @@ from sim.guest import REPLY, REQUEST, REQUEST_MAGIC
 from sim.history import BLOCK, Kind, Op, Shape
 from sim.nodes import CACHE_ID, SEGMENT_BYTES
 from sim.oracle import Illegal
-from sim.world import TURNS_MAX, VOLUME, Settings, World
+from sim.settings import Settings
+from sim.world import TURNS_MAX, VOLUME, World
 
 E = TypeVar("E", bound=Event)
 RUN_BLOCKS = 32
