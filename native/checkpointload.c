@@ -20,6 +20,19 @@ static int complain(char *message, uint64_t message_bytes, int error, const char
 	return error;
 }
 
+/* A checksum does not make it possible: later code takes these for granted. */
+static bool volume_is_possible(struct mp_engine *engine, const struct mp_cache_volume *state)
+{
+	return state->number < VOLUMES_MAX && !engine->volumes[state->number] &&
+	       !volume_by_id(engine, state->id) && state->origin && state->origin < ORIGINS_MAX &&
+	       state->size_bytes <= VOLUME_BYTES_MAX &&
+	       state->last_sequence < UINT64_MAX / 2 &&
+	       state->destaged_sequence <= state->last_sequence &&
+	       state->head_ordinal < UINT64_MAX / 2 &&
+	       state->head_offset_bytes <= engine->super.log_segment_bytes &&
+	       state->head_offset_bytes % MP_BLOCK_BYTES == 0;
+}
+
 static int load_volumes(struct mp_engine *engine, const uint8_t *in, uint64_t count)
 {
 	uint64_t i;
@@ -29,7 +42,7 @@ static int load_volumes(struct mp_engine *engine, const uint8_t *in, uint64_t co
 		struct volume *volume;
 
 		memcpy(&state, in + i * sizeof state, sizeof state);
-		if (state.number >= VOLUMES_MAX || engine->volumes[state.number])
+		if (!volume_is_possible(engine, &state))
 			return -EPROTO;
 		volume = volume_new(engine, state.id, state.number);
 		if (!volume)
@@ -63,7 +76,8 @@ static int load_segments(struct mp_engine *engine, const uint8_t *in, uint64_t c
 		memcpy(&entry, in + i * sizeof entry, sizeof entry);
 		if (entry.state == 0)
 			continue;
-		if (entry.number >= VOLUMES_MAX || !engine->volumes[entry.number])
+		if (entry.state != 1 || entry.number >= VOLUMES_MAX ||
+		    !engine->volumes[entry.number] || entry.ordinal >= UINT64_MAX / 2)
 			return -EPROTO;
 		engine->segments[i].state = SEGMENT_CHAIN;
 		engine->segments[i].number = entry.number;
@@ -83,7 +97,8 @@ static int load_tombstones(struct mp_engine *engine, const uint8_t *in, uint64_t
 
 		memcpy(&entry, in + i * sizeof entry, sizeof entry);
 		volume = entry.number < VOLUMES_MAX ? engine->volumes[entry.number] : NULL;
-		if (!volume || !entry.block_count ||
+		if (!volume || !entry.block_count || entry.block_count > VOLUME_BLOCKS_MAX ||
+		    entry.first_block > VOLUME_BLOCKS_MAX - entry.block_count ||
 		    tombstones_put(&volume->tombstones, entry.first_block, entry.block_count,
 				   entry.sequence))
 			return -EPROTO;
@@ -105,7 +120,7 @@ static int load_index(struct mp_engine *engine, const uint8_t *in, uint64_t coun
 		memcpy(&entry, in + i * sizeof entry, sizeof entry);
 		place = (uint64_t)entry.address * MP_BLOCK_BYTES;
 		if (entry.number >= VOLUMES_MAX || !engine->volumes[entry.number] ||
-		    entry.block >= 1ULL << 40 ||
+		    entry.block >= VOLUME_BLOCKS_MAX ||
 		    (place && (place < engine->super.log_offset_bytes ||
 			       place >= engine->super.slots_offset_bytes)))
 			return -EPROTO;
@@ -127,7 +142,8 @@ static void keep_origins_apart(struct mp_engine *engine, const uint8_t *in, uint
 		struct mp_slot_entry entry;
 
 		memcpy(&entry, in + i * bytes, sizeof entry);
-		if (entry.valid && entry.key >> 40 >= engine->next_origin)
+		if (entry.valid && entry.key >> 40 < ORIGINS_MAX &&
+		    entry.key >> 40 >= engine->next_origin)
 			engine->next_origin = (uint32_t)(entry.key >> 40) + 1;
 	}
 }

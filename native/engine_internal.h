@@ -545,6 +545,7 @@ void release_step(struct mp_engine *engine);
 bool release_wanted(const struct mp_engine *engine);
 
 /* checkpoint.c, recovery.c */
+enum { SUPER_COPY_BYTES = 65536 }; /* where the second copy of the superblock is */
 void checkpoint_step(struct mp_engine *engine);
 /* End one that runs and has no I/O in flight; another is wanted. */
 void checkpoint_abandon(struct mp_engine *engine);

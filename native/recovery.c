@@ -178,11 +178,36 @@ static bool incarnation_follows(const struct volume *volume, uint64_t incarnatio
 	       (incarnation >> 32 < known >> 32 || incarnation == known);
 }
 
+/* Could this engine have logged it? What the index cannot hold was never there. */
+static bool is_possible(const struct mp_engine *engine, const struct mp_record *record)
+{
+	const struct mp_extent *table = (const struct mp_extent *)(const void *)(
+		(const uint8_t *)record + MP_RECORD_HEADER_BYTES);
+	uint64_t entries = 0, ranges = 0;
+	uint32_t i;
+
+	for (i = 0; i < record->extent_count; i++) {
+		const struct mp_extent *extent = &table[i];
+		bool data = extent->codec == MP_CODEC_NONE;
+
+		if (extent->block_count > VOLUME_BLOCKS_MAX ||
+		    extent->first_block > VOLUME_BLOCKS_MAX - extent->block_count)
+			return false;
+		if (data || extent->block_count < RANGE_BLOCKS_MIN)
+			entries += extent->block_count;
+		else
+			ranges++;
+	}
+	return engine->index.used + engine->index.deleted + entries < engine->index.capacity - 1 &&
+	       engine->tombstone_count + 2 * ranges <= TOMBSTONES_MAX;
+}
+
 static bool follows(const struct volume *volume, const struct mp_record *record, uint64_t ordinal)
 {
 	if (memcmp(record->volume, volume->id, sizeof record->volume) != 0 ||
 	    record->segment_ordinal != ordinal ||
-	    !incarnation_follows(volume, record->incarnation))
+	    !incarnation_follows(volume, record->incarnation) ||
+	    !is_possible(volume->engine, record))
 		return false;
 	if (!fault(volume->engine, MP_FAULT_NO_INCARNATION) &&
 	    record->previous_checksum != volume->head_checksum)

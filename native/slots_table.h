@@ -3,6 +3,7 @@
 #ifndef MILLPOND_SLOTS_TABLE_H
 #define MILLPOND_SLOTS_TABLE_H
 
+#include "core_limits.h"
 #include "policy.h"
 #include "slots.h"
 
@@ -17,7 +18,7 @@ enum {
 };
 #define SLOT_NONE UINT32_MAX
 #define KEY_NONE UINT64_MAX
-#define ORIGIN_LIMIT 0xffffffU /* the largest origin's last key would be KEY_NONE */
+#define ORIGIN_LIMIT ORIGINS_MAX /* the largest origin's last key would be KEY_NONE */
 
 enum slot_flag { SLOT_USED = 1, SLOT_WINDOW = 2, SLOT_CLAIMED = 4 };
 

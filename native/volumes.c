@@ -184,6 +184,8 @@ int volume_open(struct mp_engine *engine, const struct command *command)
 
 	if (command->size_bytes > VOLUME_BYTES_MAX)
 		return -EFBIG;
+	if (engine->next_origin >= ORIGINS_MAX && (!volume || !command->flag))
+		return -ENOSPC; /* 16 million opens that dropped the slots: format the cache anew */
 	if (!volume) {
 		volume = volume_create(engine, command->volume);
 		if (!volume)

@@ -26,6 +26,7 @@ from millpond.native.engine import (
     VolumeFailed,
 )
 from millpond.native.store import VolumeState
+from millpond.store.errors import StoreError
 from sim.guest import REPLY, REQUEST, REQUEST_MAGIC
 from sim.history import BLOCK, Kind, Op, Shape
 from sim.nodes import CACHE_ID, SEGMENT_BYTES
@@ -84,7 +85,7 @@ class Spoiled:
             return "refused"
         try:
             self._open()
-        except CacheError:
+        except (CacheError, StoreError):
             return "refused"
         if self.failed:
             return "failed"
@@ -166,9 +167,7 @@ class Spoiled:
         blocks = self.world.settings.shape.blocks
         runs = [(first, min(RUN_BLOCKS, blocks - first)) for first in range(0, blocks, RUN_BLOCKS)]
         singles = [
-            (first + index, 1)
-            for first, count in self._read(runs)
-            for index in range(count)
+            (first + index, 1) for first, count in self._read(runs) for index in range(count)
         ]
         self.errors += len(list(self._read(singles)))
 
@@ -176,9 +175,7 @@ class Spoiled:
         """Ask for these; yields those that got an error, checks the others."""
         sim = self.world.cache.sim
         for first, count in runs:
-            header = REQUEST.pack(
-                REQUEST_MAGIC, 0, Kind.READ, first, first * BLOCK, count * BLOCK
-            )
+            header = REQUEST.pack(REQUEST_MAGIC, 0, Kind.READ, first, first * BLOCK, count * BLOCK)
             sim.push(self._socket, header)
         waiting = dict(runs)
         for _ in range(TURNS_MAX):

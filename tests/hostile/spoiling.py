@@ -12,6 +12,7 @@ from typing import Any
 
 from millpond.native import ffi, lib
 from millpond.native import record as codec
+from millpond.native.drivers import Sim
 
 SECTOR = 512
 BLOCK = lib.MP_BLOCK_BYTES
@@ -131,3 +132,66 @@ def seal_record(data: bytearray, at: int) -> None:
     length = min(header.header_length_bytes, len(data) - at, 2 << 20)
     value = codec.xxh3(bytes(data[at + 16 : at + max(length, 16)]))
     data[at + 8 : at + 16] = value.to_bytes(8, "little")
+
+
+class Forger:
+    """Forged fields in a simulated cache device, with every checksum above them made right."""
+
+    def __init__(self, chance: random.Random, sim: Sim) -> None:
+        self.chance = chance
+        self.sim = sim
+
+    def super(self, data: bytearray) -> str:
+        """A field of the superblock, in both copies."""
+        text = forge(self.chance, "mp_cache_super", data, 0, skip=16)
+        self.write_super(data)
+        return text
+
+    def write_super(self, data: bytearray) -> None:
+        """Seal, and put it into both places."""
+        seal(data, length=BLOCK)
+        for offset in (0, 65536):
+            self.sim.poke(offset_bytes=offset, data=bytes(data))
+
+    def checkpoint(self, superblock: bytearray) -> str:
+        """A field of the checkpoint's header, or of an entry in one of its tables."""
+        found = ffi.new("struct mp_cache_super *")
+        ffi.memmove(found, bytes(superblock), BLOCK)
+        area = found.checkpoint_offset_bytes[found.checkpoint_area]
+        length = found.checkpoint_length_bytes
+        data = bytearray(self.sim.peek(offset_bytes=area, length_bytes=length))
+        header = ffi.new("struct mp_cache_checkpoint *")
+        ffi.memmove(header, bytes(data[:128]), 128)
+        tables = [("mp_cache_checkpoint", 0, 1)]
+        at = BLOCK
+        for name, count in (
+            ("mp_cache_volume", header.volume_count),
+            ("mp_segment_entry", header.segment_count),
+            ("mp_tombstone", header.tombstone_count),
+            ("mp_index_entry", header.index_count),
+        ):
+            tables.append((name, at, count))
+            at += ffi.sizeof(f"struct {name}") * count
+        name, at, count = self.chance.choice([table for table in tables if table[2]])
+        at += self.chance.randrange(count) * ffi.sizeof(f"struct {name}")
+        text = forge(self.chance, name, data, at, skip=0 if at else 16)
+        seal(data, length=128)
+        self.sim.poke(offset_bytes=area, data=bytes(data))
+        found.checkpoint_checksum = codec.xxh3(bytes(data[BLOCK:]))
+        self.write_super(bytearray(ffi.buffer(found)))
+        return text
+
+    def log_record(self, places: list[tuple[int, int]]) -> str:
+        """A field of a record or of one of its extents; places: (offset, header length)."""
+        offset, length = self.chance.choice(places)
+        places.remove((offset, length))
+        data = bytearray(self.sim.peek(offset_bytes=offset, length_bytes=length))
+        extents = int.from_bytes(data[84:88], "little")
+        if extents and self.chance.randrange(2):
+            at = lib.MP_RECORD_HEADER_BYTES + self.chance.randrange(extents) * lib.MP_EXTENT_BYTES
+            text = forge(self.chance, "mp_extent", data, at)
+        else:
+            text = forge(self.chance, "mp_record", data, 0, skip=16)
+        seal_record(data, 0)
+        self.sim.poke(offset_bytes=offset, data=bytes(data))
+        return f"record at {offset}: {text}"

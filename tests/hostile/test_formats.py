@@ -14,8 +14,16 @@ from functools import lru_cache
 import pytest
 
 from hostile.forked import Broken, in_fork
-from hostile.spoiled_cache import Spoiled, make_world, regions
-from hostile.spoiling import damage
+from hostile.spoiled_cache import (
+    Spoiled,
+    as_super,
+    make_world,
+    records,
+    regions,
+    superblock,
+)
+from hostile.spoiling import Forger, damage
+from sim.nodes import SEGMENT_BYTES
 from sim.world import World
 from torture.amounts import amount, seed_for
 
@@ -92,3 +100,48 @@ def test_damaged_cache_device_shows_right_data_or_an_error(
     name = f"damaged cache device, {'stopped' if clean else 'killed'}"
     outcomes = run_cases(name, record_property, seed, case)
     assert len(outcomes) > 2, "the damage did nothing"
+
+
+def forge_cache(chance: random.Random, world: World) -> str:
+    """One to three forged fields: records, then the checkpoint, then the superblock."""
+    forger = Forger(chance, world.cache.sim)
+    block = superblock(world)
+    found = as_super(block)
+    places = [
+        (offset, record.header_length_bytes)
+        for index in range(found.log_segment_count)
+        for offset, record in records(world, found.log_offset_bytes + index * SEGMENT_BYTES)
+    ]
+    wanted = sorted(chance.randrange(3) for _ in range(chance.choice((1, 1, 2, 3))))
+    done = []
+    for what in wanted:
+        if what == 0:
+            done.append(forger.log_record(places))
+        elif what == 1 and wanted.count(1) == 1:
+            done.append(forger.checkpoint(block))
+        else:
+            done.append(forger.super(superblock(world)))
+    return "; ".join(done)
+
+
+@pytest.mark.parametrize("clean", [True, False], ids=["stopped", "killed"])
+def test_forged_cache_device_ends_in_nothing_worse_than_an_error(
+    clean: bool, record_property: Record
+) -> None:
+    seed = seed_for("tests/hostile/test_formats.py", 2)
+
+    def case(chance: random.Random) -> tuple[str, str]:
+        world = cache_world(chance.randrange(WORLDS), clean)
+        state = chance.getstate()
+
+        def work() -> str:
+            chance.setstate(state)
+            text = forge_cache(chance, world)
+            with noted(text):
+                return text + "\n" + Spoiled(world, newest_only=False, trusted=False).outlive()
+
+        text, outcome = in_fork(work).rsplit("\n", 1)
+        return text, outcome
+
+    name = f"forged cache device, {'stopped' if clean else 'killed'}"
+    run_cases(name, record_property, seed, case)

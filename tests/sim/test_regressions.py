@@ -1,4 +1,4 @@
-"""Situations in which the engine once lost data, showed wrong data, failed or hung, by name.
+"""Situations in which the engine once lost or mixed up data, failed or hung; each by its name.
 
 Failure modes: Illegal, or an assertion that says what a guest saw.
 """
@@ -276,7 +276,7 @@ def test_volume_of_a_size_that_no_index_key_names_is_refused(rig: Rig) -> None:
 
 
 def test_checkpoint_every_record(rig: Rig) -> None:
-    """Checkpoints follow one another while trims are swept and forgotten: nothing spins."""
+    """Checkpoints follow one another while trims are swept and forgotten: nothing stays."""
     rig.stop()
     rig.options = EngineOptions(checkpoint_every_bytes=1)
     rig.start()

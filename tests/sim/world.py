@@ -14,7 +14,6 @@ Failure modes: Illegal.  Nothing that a core refuses or fails is expected here.
 import errno
 import random
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from millpond.cache import positions
@@ -41,7 +40,7 @@ from millpond.store.catalogue import Catalogue
 from millpond.store.wire import Frame
 from sim.guest import Guest, read_image
 from sim.history import BLOCK, KIB, Kind, Op, make_history
-from sim.nodes import CACHE_ID, MIB, CacheNode, StoreNode, WorldEnded
+from sim.nodes import CACHE_ID, MIB, CacheNode, Pipe, StoreNode, WorldEnded
 from sim.oracle import Disk, Illegal, Mutation, always, is_acknowledged, is_durable, never
 from sim.settings import Settings
 
@@ -76,21 +75,6 @@ class Door:
     def volumes(self) -> list[VolumeState]:
         """Committed states of all volumes."""
         return self._world.store.core.volumes()
-
-
-@dataclass(slots=True)
-class Pipe:
-    """A stream on its way: arrives in pieces, in order."""
-
-    data: bytearray = field(default_factory=bytearray)
-
-    def take(self, rng: random.Random) -> bytes:
-        """What arrives now."""
-        dice = rng.randrange(8)
-        length = 0 if dice == 0 else rng.randrange(len(self.data) + 1) if dice == 1 else None
-        taken = bytes(self.data[:length])
-        del self.data[:length]
-        return taken
 
 
 class World:
