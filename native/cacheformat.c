@@ -12,7 +12,7 @@
 
 #include "engine_internal.h"
 
-enum { SUPER_COPY_BYTES = 65536, FIRST_AREA_BYTES = 1024 * 1024, SEGMENTS_MIN = 6 };
+enum { FIRST_AREA_BYTES = 1024 * 1024, SEGMENTS_MIN = 6 };
 
 void super_seal(struct mp_cache_super *super)
 {
@@ -135,6 +135,9 @@ int super_write(struct mp_driver *driver, struct mp_cache_super *super, uint32_t
 	rc = mp_driver_write(driver, 0, *copy * (uint64_t)SUPER_COPY_BYTES, block, sizeof *block);
 	if (rc >= 0)
 		rc = mp_driver_sync(driver, 0);
+	if (rc >= 0) /* the same over the old copy: one damaged copy loses nothing */
+		rc = mp_driver_write(driver, 0, (*copy ^ 1) * (uint64_t)SUPER_COPY_BYTES, block,
+				     sizeof *block);
 	free(block);
 	return rc < 0 ? (int)rc : 0;
 }
@@ -235,7 +238,7 @@ int mp_cache_format(struct mp_driver *driver, const struct mp_cache_format_optio
 				   progress);
 	rc = rc < 0 ? rc : mp_driver_sync(driver, 0);
 	rc = rc < 0 ? rc : super_write(driver, &super, &copy);
-	rc = rc < 0 ? rc : super_write(driver, &super, &copy);
+	rc = rc < 0 ? rc : mp_driver_sync(driver, 0);
 	if (rc < 0)
 		snprintf(message, message_bytes, "formatting the cache device failed: %s",
 			 strerror((int)-rc));

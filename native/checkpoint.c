@@ -26,7 +26,7 @@
 #include "engine_internal.h"
 
 enum { STAGE_IDLE, STAGE_CAPTURED, STAGE_INDEX, STAGE_SLOTS, STAGE_TAIL, STAGE_HEADER, STAGE_SYNC,
-	STAGE_SUPER, STAGE_SUPER_SYNC };
+	STAGE_SUPER, STAGE_SUPER_SYNC, STAGE_SECOND };
 
 void checkpoint_fill_volume(const struct volume *volume, struct mp_cache_volume *out)
 {
@@ -217,6 +217,8 @@ static void io_done(struct mp_io *io)
 		checkpoint->stage = STAGE_SYNC;
 	else if (checkpoint->stage == STAGE_SUPER)
 		checkpoint->stage = STAGE_SUPER_SYNC;
+	else if (checkpoint->stage == STAGE_SECOND)
+		completed(engine);
 }
 
 static void submit(struct mp_engine *engine, uint64_t offset_bytes, uint64_t length_bytes)
@@ -381,7 +383,7 @@ static void write_super(struct mp_engine *engine)
 	super->generation++;
 	super_seal(super);
 	memcpy(checkpoint->buffer, super, sizeof *super);
-	submit(engine, engine->super_copy ? 0 : 65536, sizeof *super);
+	submit(engine, engine->super_copy ? 0 : SUPER_COPY_BYTES, sizeof *super);
 }
 
 /* A sync of the log that begins from now on: it covers all that was written here, and all that is
@@ -433,7 +435,11 @@ static bool advance(struct mp_engine *engine)
 	case STAGE_SUPER_SYNC:
 		if (!synced(engine))
 			return false;
-		completed(engine);
+		/* The same again over the old copy, which nothing needs any more: one damaged copy
+		 * loses nothing. It needs no sync; the copy that was synced stays as it is. */
+		checkpoint->stage = STAGE_SECOND;
+		submit(engine, engine->super_copy ? SUPER_COPY_BYTES : 0,
+		       sizeof checkpoint->super);
 		return true;
 	default:
 		return false; /* the completion moves on */

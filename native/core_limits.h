@@ -42,7 +42,8 @@ enum {
 /* An index key has 40 bits of block. */
 #define VOLUME_BYTES_MAX ((1ULL << 40) * MP_BLOCK_BYTES)
 
-/* Numbers of volumes in slot keys, and blocks of a volume in index keys: what their bits can hold. */
+/* Numbers of volumes in slot keys, and blocks of a volume in index keys: what their bits can
+ * hold. */
 #define ORIGINS_MAX 0xffffffU
 #define VOLUME_BLOCKS_MAX (1ULL << 40)
 /* Quiet time after a sync before a record tells recovery about it; see log.c. */

@@ -149,6 +149,17 @@ static void nothing_to_ship(struct mp_engine *engine)
 
 static void scan_done(struct mp_io *io);
 
+/* Records end in this segment where the next segment's begin. */
+static bool segment_ends(const struct mp_engine *engine)
+{
+	const struct cut *cut = &engine->cut;
+	uint32_t next = engine->segments[cut->volume->cut_segment].next;
+
+	return next != NO_SEGMENT &&
+	       engine->segments[next].first_sequence == cut->next_sequence &&
+	       cut->next_sequence > cut->destaged_sequence;
+}
+
 static void begin(struct mp_engine *engine)
 {
 	struct cut *cut = &engine->cut;
@@ -169,6 +180,12 @@ static void begin(struct mp_engine *engine)
 	cut->limit_sequence = shippable_sequence(volume);
 	cut->destaged_sequence = volume->destaged_sequence;
 	cut->first_sequence = volume->destaged_sequence + 1;
+	/* The last batch may have ended where its segment ends, to the byte. */
+	while (segment_ends(engine)) {
+		volume->cut_segment = engine->segments[volume->cut_segment].next;
+		volume->cut_offset_bytes = cut->parse_offset_bytes = 0;
+		volume->cut_sequence = cut->next_sequence;
+	}
 	scan_start(engine, &cut->scan, volume->cut_segment, cut->parse_offset_bytes, scan_done);
 }
 
@@ -196,17 +213,6 @@ static bool take_record(struct mp_engine *engine, const struct mp_record *record
 	cut->last_sequence = record->last_sequence;
 	cut->next_sequence = record->last_sequence + 1;
 	return true;
-}
-
-/* Records end in this segment where the next segment's begin. */
-static bool segment_ends(const struct mp_engine *engine)
-{
-	const struct cut *cut = &engine->cut;
-	uint32_t next = engine->segments[cut->volume->cut_segment].next;
-
-	return next != NO_SEGMENT &&
-	       engine->segments[next].first_sequence == cut->next_sequence &&
-	       cut->next_sequence > cut->destaged_sequence;
 }
 
 static void parse(struct mp_engine *engine)

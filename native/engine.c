@@ -379,9 +379,9 @@ void mp_engine_free(struct mp_engine *engine)
 {
 	uint32_t i;
 
-	/* After a simulated crash requests are still in flight; their memory goes with the pool's
-	 * owner, the test. */
 	mailbox_free(engine);
+	/* After a simulated crash, work is still in flight. */
+	connections_free(engine);
 	for (i = 0; i < engine->volume_count; i++)
 		volume_free(engine->volumes[i]);
 	index_free(&engine->index);

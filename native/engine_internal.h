@@ -465,6 +465,7 @@ int connection_open(struct mp_engine *engine, struct volume *volume, const struc
 void connections_ready(void *owner, void *context, uint32_t ready);
 void connections_resume(struct mp_engine *engine);  /* buffers came back: parse on */
 void connection_stop(struct connection *connection);
+void connections_free(struct mp_engine *engine);
 
 /* nbdreply.c */
 void connections_flush(struct mp_engine *engine); /* end of a turn: replies, closing */
@@ -544,6 +545,7 @@ void release_step(struct mp_engine *engine);
 bool release_wanted(const struct mp_engine *engine);
 
 /* checkpoint.c, recovery.c */
+enum { SUPER_COPY_BYTES = 65536 }; /* where the second copy of the superblock is */
 void checkpoint_step(struct mp_engine *engine);
 /* End one that runs and has no I/O in flight; another is wanted. */
 void checkpoint_abandon(struct mp_engine *engine);

@@ -234,3 +234,31 @@ void connections_flush(struct mp_engine *engine)
 			connection_close(connection);
 	}
 }
+
+static void request_forget(struct request *request)
+{
+	while (!list_is_empty(&request->reads)) {
+		struct read *read = CONTAINER(request->reads.next, struct read, in_request);
+		list_remove(&read->in_request);
+		free(read);
+	}
+	list_remove(&request->in_connection);
+	free(request);
+}
+
+/* The engine goes away under its connections: only in a simulated crash. */
+void connections_free(struct mp_engine *engine)
+{
+	while (!list_is_empty(&engine->connections)) {
+		struct connection *connection =
+			CONTAINER(engine->connections.next, struct connection, in_engine);
+
+		while (!list_is_empty(&connection->requests))
+			request_forget(CONTAINER(connection->requests.next, struct request,
+						 in_connection));
+		free(connection->slice);
+		list_remove(&connection->in_engine);
+		free(connection->receive);
+		free(connection);
+	}
+}

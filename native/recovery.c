@@ -161,9 +161,9 @@ static bool link_chain(struct recovery *recovery, struct volume *volume)
 		}
 		at = next;
 	}
-	if (volume->head_segment == NO_SEGMENT)
-		return volume->head_offset_bytes == 0;
-	return sound && engine->segments[volume->head_segment].ordinal == volume->head_ordinal;
+	/* No segment: all was destaged, and the head released as well. */
+	return volume->head_segment == NO_SEGMENT ||
+	       (sound && engine->segments[volume->head_segment].ordinal == volume->head_ordinal);
 }
 
 static bool incarnation_follows(const struct volume *volume, uint64_t incarnation)

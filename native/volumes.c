@@ -44,10 +44,23 @@ struct volume *volume_new(struct mp_engine *engine, const uint8_t *id, uint32_t 
 	return volume;
 }
 
+static void free_mutations(struct link *list, size_t link_offset)
+{
+	while (!list_is_empty(list)) {
+		struct link *link = list->next;
+		list_remove(link);
+		free((uint8_t *)link - link_offset);
+	}
+}
+
 void volume_free(struct volume *volume)
 {
 	if (!volume)
 		return;
+	/* Only after a simulated crash: what was in flight. Buffers go with their pool. */
+	free_mutations(&volume->held, offsetof(struct mutation, in_queue));
+	free_mutations(&volume->mutations, offsetof(struct mutation, in_volume));
+	free_mutations(&volume->appends, offsetof(struct append, in_volume));
 	/* The control plane looks for batches under the mutex: after this it finds none here. */
 	pthread_mutex_lock(&volume->engine->mutex);
 	volume->engine->volumes[volume->number] = NULL;

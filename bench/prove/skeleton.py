@@ -55,13 +55,24 @@ def kill() -> Outcome:
 @registry.line("crash", "history cut after every Nth I/O of cache and store: every block is legal")
 def crash() -> Outcome:
     """Simulated: with and without loss, tearing and reordering."""
-    return tests("crash", "tests/sim/test_crash_sweep.py", "tests/store/test_core_crash.py")
+    return tests(
+        "crash",
+        "tests/sim/test_crash_sweep.py",
+        "tests/sim/test_rescue.py",
+        "tests/sim/test_regressions.py",
+        "tests/store/test_core_crash.py",
+    )
 
 
 @registry.line("faults", "twelve deliberate faults in the code are each caught")
 def faults() -> Outcome:
     """Each switch on makes the sweep fail."""
-    return tests("faults", "tests/sim/test_faults.py", "tests/store/test_core_faults.py")
+    return tests(
+        "faults",
+        "tests/sim/test_faults.py",
+        "tests/sim/test_fault_scenarios.py",
+        "tests/store/test_core_faults.py",
+    )
 
 
 @registry.line("gil", "the GIL held for 5 s under load: hits and writes go on without a pause")
@@ -73,13 +84,13 @@ def gil() -> Outcome:
 @registry.line("bits", "one flipped bit in slot, log and segment: refetched, EIO, EIO; counted")
 def bits() -> Outcome:
     """Flipped on the device, seen in status."""
-    return tests("bits", "tests/torture/test_bitflip.py")
+    return tests("bits", "tests/torture/test_bitflip.py", "tests/sim/test_bit_flips.py")
 
 
 @registry.line("lost", "the cache device thrown away under load, 20 times: an exact earlier state")
 def lost() -> Outcome:
     """Sequence-stamped blocks tell which state."""
-    return tests("lost", "tests/torture/test_lost_cache.py")
+    return tests("lost", "tests/torture/test_lost_cache.py", "tests/sim/test_lost_cache.py")
 
 
 @registry.line("shaping", "60 s at ten times the average: within 5 %, never above the peak")

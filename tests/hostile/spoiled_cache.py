@@ -11,23 +11,28 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from sim.guest import REPLY, REQUEST, REQUEST_MAGIC
-from sim.history import BLOCK, Kind, Op, Shape
-from sim.nodes import CACHE_ID, SEGMENT_BYTES
-from sim.oracle import Illegal
-from sim.world import TURNS_MAX, VOLUME, Settings, World
-
+from hostile.spoiling import Region
 from millpond.cache import positions
 from millpond.cache.errors import CacheError
 from millpond.native import ffi
 from millpond.native import record as codec
-from millpond.native.engine import Batch, Engine, EngineFailed, Event, NativeError, Opened
-from millpond.native.engine import VolumeFailed
-
+from millpond.native.engine import (
+    Batch,
+    Engine,
+    EngineFailed,
+    Event,
+    NativeError,
+    Opened,
+    VolumeFailed,
+)
 from millpond.native.store import VolumeState
 from millpond.store.errors import StoreError
-
-from hostile.spoiling import Region
+from sim.guest import REPLY, REQUEST, REQUEST_MAGIC
+from sim.history import BLOCK, Kind, Op, Shape
+from sim.nodes import CACHE_ID, SEGMENT_BYTES
+from sim.oracle import Illegal
+from sim.settings import Settings
+from sim.world import TURNS_MAX, VOLUME, World
 
 E = TypeVar("E", bound=Event)
 RUN_BLOCKS = 32
@@ -162,9 +167,7 @@ class Spoiled:
         blocks = self.world.settings.shape.blocks
         runs = [(first, min(RUN_BLOCKS, blocks - first)) for first in range(0, blocks, RUN_BLOCKS)]
         singles = [
-            (first + index, 1)
-            for first, count in self._read(runs)
-            for index in range(count)
+            (first + index, 1) for first, count in self._read(runs) for index in range(count)
         ]
         self.errors += len(list(self._read(singles)))
 
@@ -172,9 +175,7 @@ class Spoiled:
         """Ask for these; yields those that got an error, checks the others."""
         sim = self.world.cache.sim
         for first, count in runs:
-            header = REQUEST.pack(
-                REQUEST_MAGIC, 0, Kind.READ, first, first * BLOCK, count * BLOCK
-            )
+            header = REQUEST.pack(REQUEST_MAGIC, 0, Kind.READ, first, first * BLOCK, count * BLOCK)
             sim.push(self._socket, header)
         waiting = dict(runs)
         for _ in range(TURNS_MAX):

@@ -11,18 +11,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sim.history import BLOCK
-from sim.nodes import MIB, decode_read_reply
-from sim.oracle import Illegal
-from sim.world import VOLUME, World
-
+from hostile.spoiling import Region, forge, hostile_integer, seal, seal_record
 from millpond.native import ffi, lib
 from millpond.native import record as codec
 from millpond.native.drivers import Sim, destroy
 from millpond.native.record import Frame
 from millpond.native.store import StoreCore, StoreOpenError
-
-from hostile.spoiling import Region, forge, hostile_integer, seal, seal_record
+from sim.history import BLOCK
+from sim.nodes import MIB, decode_read_reply
+from sim.oracle import Illegal
+from sim.world import VOLUME, World
 
 SUPERS = (0, BLOCK)
 FILES_MAX = 64

@@ -130,7 +130,9 @@ def test_forged_cache_device_ends_in_nothing_worse_than_an_error(
 
         return in_fork(work)
 
-    run_cases(f"forged cache device, {'stopped' if clean else 'killed'}", record_property, seed, case)
+    run_cases(
+        f"forged cache device, {'stopped' if clean else 'killed'}", record_property, seed, case
+    )
 
 
 # The store.

@@ -6,6 +6,8 @@ refuses is Illegal: nothing of what is done here gives it a reason.
 """
 
 import errno
+import random
+from dataclasses import dataclass, field
 from typing import Any
 
 from millpond.native import ffi, lib, record
@@ -23,6 +25,21 @@ DEVICE_BYTES = 7 * MIB + SEGMENTS * SEGMENT_BYTES + 3 * MIB // 2  # the rest: so
 SLOT_BYTES = 16384
 TURN_NS = 1_000_000
 READ_BLOCKS_MAX: int = lib.MP_READ_BLOCKS_MAX
+
+
+@dataclass(slots=True)
+class Pipe:
+    """A stream on its way: arrives in pieces, in order."""
+
+    data: bytearray = field(default_factory=bytearray)
+
+    def take(self, rng: random.Random) -> bytes:
+        """What arrives now."""
+        dice = rng.randrange(8)
+        length = 0 if dice == 0 else rng.randrange(len(self.data) + 1) if dice == 1 else None
+        taken = bytes(self.data[:length])
+        del self.data[:length]
+        return taken
 
 
 class WorldEnded(Exception):

@@ -15,12 +15,10 @@ from millpond.native.engine import (
     Engine,
     EngineOptions,
     Event,
-    NeedDirty,
     Opened,
     VolumeFailed,
 )
 from millpond.native.store import StoreOptions
-
 from sim.nodes import MIB, StoreNode
 from sim.oracle import Illegal
 
@@ -170,9 +168,7 @@ class Rig:
                 break
         assert self.store.replies.pop(request).status == 0
 
-    def open(
-        self, volume: bytes, *, size_bytes: int = MIB << 10, keep_slots: bool = True
-    ) -> None:
+    def open(self, volume: bytes, *, size_bytes: int = MIB << 10, keep_slots: bool = True) -> None:
         """A new epoch at the store, then the engine; "dirty" is on record."""
         self.put(volume, size_bytes)
         self.engine.open_volume(
@@ -256,8 +252,14 @@ class Rig:
         assert len(got) == length_bytes
         return bytes(got)
 
-    def done(self, socket: int, command: int, offset: int = 0, length: int = 0, data: bytes = b"",
-             ) -> bytes:
+    def done(
+        self,
+        socket: int,
+        command: int,
+        offset: int = 0,
+        length: int = 0,
+        data: bytes = b"",
+    ) -> bytes:
         """One request and its whole answer, which is not an error."""
         self.ask(socket, command, offset, length, data)
         answer = self.answers(socket, REPLY_BYTES + (length if command == READ else 0))

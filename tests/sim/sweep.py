@@ -11,7 +11,8 @@ from types import MappingProxyType
 
 from sim.history import SHAPES
 from sim.nodes import MIB
-from sim.world import Settings, World
+from sim.settings import Settings
+from sim.world import World
 
 _CACHE, _STORE = Settings(cut="cache"), Settings(cut="store")
 

@@ -15,7 +15,8 @@ from millpond.native.drivers import Sim
 from sim.history import BLOCK, SHAPES, Shape
 from sim.nodes import CacheNode, decode_read_reply
 from sim.oracle import Illegal, is_durable
-from sim.world import PAUSE_NS, VOLUME, Settings, World
+from sim.settings import Settings
+from sim.world import PAUSE_NS, VOLUME, World
 
 # Short: what is damaged is still needed by something.
 SHORT = Shape(requests=60)
@@ -105,9 +106,12 @@ def quiet_world(seed: int, *, drained: bool) -> World:
     if drained:
         world.drain()
     world.flush()
-    for _ in range(4):
-        world.cache.step(PAUSE_NS)
-        world.store.step(PAUSE_NS)
+    for node in (world.cache, world.store):
+        for _ in range(40):
+            node.step()
+        node.sim.advance_ns(PAUSE_NS)
+        for _ in range(40):
+            node.step()
     return world
 
 

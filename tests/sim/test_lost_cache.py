@@ -13,7 +13,8 @@ from millpond.cache import positions
 from millpond.cache.errors import VolumeRefused
 from millpond.store.errors import Code, StoreError
 from sim.nodes import CacheNode
-from sim.world import VOLUME, Settings, World
+from sim.settings import Settings
+from sim.world import VOLUME, World
 
 SEEDS = range(1, 9)
 LOSSES = 4

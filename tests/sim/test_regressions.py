@@ -1,4 +1,4 @@
-"""Situations in which the engine once lost data, showed wrong data, failed or hung; each by its name.
+"""Situations in which the engine once lost or mixed up data, failed or hung; each by its name.
 
 Failure modes: Illegal, or an assertion that says what a guest saw.
 """
@@ -11,7 +11,6 @@ import pytest
 from millpond.native import lib
 from millpond.native.drivers import Op, SimOptions
 from millpond.native.engine import Batch, Closed, EngineOptions, NativeError
-
 from sim.nodes import MIB
 from sim.rig import BLOCK, FLUSH, READ, REPLY_BYTES, TRIM, WRITE, Rig
 
@@ -179,9 +178,7 @@ def test_more_idle_volumes_than_log_segments(rig: Rig) -> None:
 def test_destage_scans_while_more_is_written_and_synced() -> None:
     """What is synced after the scan read its place may not be in the scan: it is no damage."""
     for seed in range(12):
-        latencies = SimOptions(
-            seed=seed, device_bytes=64 * MIB, latency_ns=3_000_000, reorder=True
-        )
+        latencies = SimOptions(seed=seed, device_bytes=64 * MIB, latency_ns=3_000_000, reorder=True)
         rig = Rig(sim=latencies)
         try:
             rig.start()
@@ -279,7 +276,7 @@ def test_volume_of_a_size_that_no_index_key_names_is_refused(rig: Rig) -> None:
 
 
 def test_checkpoint_every_record(rig: Rig) -> None:
-    """Checkpoints follow one another while trims are swept and forgotten: nothing spins or stays."""
+    """Checkpoints follow one another while trims are swept and forgotten: nothing stays."""
     rig.stop()
     rig.options = EngineOptions(checkpoint_every_bytes=1)
     rig.start()

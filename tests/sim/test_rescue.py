@@ -7,7 +7,8 @@ succeeds does not save it, as on real disks.  So these worlds lose power some ti
 import pytest
 
 from millpond.native.drivers import Op
-from sim.world import Settings, World
+from sim.settings import Settings
+from sim.world import World
 
 FIRST = 4  # the failures before these meet recovery, which refuses to open
 SEEDS = (1, 2)

@@ -14,14 +14,12 @@ Failure modes: Illegal.  Nothing that a core refuses or fails is expected here.
 import errno
 import random
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from millpond.cache import positions
 from millpond.cache.errors import VolumeRefused
 from millpond.cache.replicas import VolumeRecord
 from millpond.native import ffi, lib, record
-from millpond.native.drivers import Op as DiskOp
 from millpond.native.drivers import SimOptions
 from millpond.native.engine import (
     Batch,
@@ -41,9 +39,10 @@ from millpond.native.store import StoreOptions, VolumeState
 from millpond.store.catalogue import Catalogue
 from millpond.store.wire import Frame
 from sim.guest import Guest, read_image
-from sim.history import BLOCK, KIB, Kind, Op, Shape, make_history
-from sim.nodes import CACHE_ID, MIB, CacheNode, StoreNode, WorldEnded
+from sim.history import BLOCK, KIB, Kind, Op, make_history
+from sim.nodes import CACHE_ID, MIB, CacheNode, Pipe, StoreNode, WorldEnded
 from sim.oracle import Disk, Illegal, Mutation, always, is_acknowledged, is_durable, never
+from sim.settings import Settings
 
 T = TypeVar("T")
 Promise = Callable[[Mutation], bool]
@@ -51,31 +50,6 @@ VOLUME = b"volume of a test"
 TURNS_MAX = 60_000
 OUTAGE_TURNS = 40  # how long the guest goes on alone, at most
 PAUSE_NS = 60_000_000  # long enough for a record that tells of a sync
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """A whole world."""
-
-    seed: int = 1
-    shape: Shape = field(default_factory=Shape)
-    depth: int = 4
-    lose: bool = False  # a crash is a loss of power
-    tear: bool = False
-    reorder: bool = False
-    soft_first: bool = False  # the first crash takes only the process
-    cut: str = ""  # "cache" or "store": whose I/O is counted
-    cut_after: int = 0
-    cut_both: bool = False  # the other machine falls with it
-    cut_again_after: int = 0  # of the next life of what fell
-    requests_after_cut: int = 10
-    checkpoint_bytes: int = 2 * MIB  # of log, between the cache's checkpoints
-    fail_op: DiskOp | None = (
-        None  # the cache's disk fails the fail_io'th of these, in its first life
-    )
-    fail_io: int = 0
-    engine_faults: int = 0
-    store_faults: int = 0
 
 
 class Door:
@@ -101,21 +75,6 @@ class Door:
     def volumes(self) -> list[VolumeState]:
         """Committed states of all volumes."""
         return self._world.store.core.volumes()
-
-
-@dataclass(slots=True)
-class Pipe:
-    """A stream on its way: arrives in pieces, in order."""
-
-    data: bytearray = field(default_factory=bytearray)
-
-    def take(self, rng: random.Random) -> bytes:
-        """What arrives now."""
-        dice = rng.randrange(8)
-        length = 0 if dice == 0 else rng.randrange(len(self.data) + 1) if dice == 1 else None
-        taken = bytes(self.data[:length])
-        del self.data[:length]
-        return taken
 
 
 class World:
