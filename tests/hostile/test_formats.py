@@ -59,7 +59,11 @@ def run_cases(
 def test_cache_device_that_nobody_spoiled_is_whole(clean: bool) -> None:
     for seed in range(WORLDS):
         world = cache_world(seed, clean)
-        assert in_fork(lambda _, world=world: Spoiled(world, newest_only=True).outlive()) == "whole"
+
+        def work(_: Tell, world: World = world) -> str:
+            return Spoiled(world, newest_only=True).outlive()
+
+        assert in_fork(work) == "whole"
 
 
 @pytest.mark.parametrize("clean", [True, False], ids=["stopped", "killed"])
@@ -149,8 +153,11 @@ def store_world(seed: int) -> World:
 def test_store_that_nobody_spoiled_is_whole() -> None:
     for seed in range(WORLDS):
         world = store_world(seed)
-        outcome = in_fork(lambda _, world=world: spoiled_store.Spoiled(world).outlive())
-        assert outcome == "whole"
+
+        def work(_: Tell, world: World = world) -> str:
+            return spoiled_store.Spoiled(world).outlive()
+
+        assert in_fork(work) == "whole"
 
 
 def test_damaged_store_shows_an_earlier_disk_or_an_error(record_property: Record) -> None:

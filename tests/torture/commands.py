@@ -15,6 +15,7 @@ from millpond.cache import control
 from millpondprocess import command_line, environment
 
 COMMAND_TIMEOUT_S = 120.0
+PUBLISHED_S = 0.1  # status is a few milliseconds old
 DRAIN_TIMEOUT_S = 180.0
 
 
@@ -87,6 +88,7 @@ def wait_until(what: str, condition: Callable[[], bool], *, timeout_s: float) ->
 
 def wait_drained(directory: Path) -> None:
     """Until nothing is dirty; nobody helps."""
+    time.sleep(PUBLISHED_S)  # or status may not know yet of what was just written
     wait_until(
         "dirty bytes are 0",
         lambda: status(directory)["dirty_bytes"] == 0,
