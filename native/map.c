@@ -151,7 +151,7 @@ int store_extent_get(struct mp_store *store, uint64_t address, enum store_walk h
 	uint8_t *leaf;
 	int error;
 
-	/* An address comes from a page: its checksum is right, and what it says may still be forged. */
+	/* An address comes from a page: its checksum is right, and yet it may be forged. */
 	if (!segment || segment->kind != MP_GROUP_DATA)
 		return -EBADMSG;
 	if (how == STORE_CREATE)

@@ -175,8 +175,9 @@ static int header_is_possible(const struct mp_store *store, const struct mp_chec
 
 static int volume_is_possible(struct mp_store *store, const struct mp_checkpoint_volume *entry)
 {
-	return !store_volume_find(store, entry->state.id) && entry->height < STORE_LEVELS - 1 &&
-	       (entry->root.place || !entry->height) &&
+	return !store_volume_find(store, entry->state.id) &&
+	       entry->height < STORE_LEVELS - 1 &&
+	       !(entry->root.place & STORE_IN_MEMORY) &&
 	       memchr(entry->state.name, 0, sizeof entry->state.name) &&
 	       entry->state.applied_sequence < UINT64_MAX / 2;
 }
@@ -189,12 +190,13 @@ static int segment_is_possible(struct mp_store *store, const struct mp_checkpoin
 	       entry->length_bytes <= STORE_FILE_MAX_BYTES &&
 	       entry->length_bytes % MP_BLOCK_BYTES == 0 &&
 	       entry->extent_count <= 1U << MP_ADDRESS_EXTENT_BITS &&
-	       entry->height < STORE_LEVELS - 1 && (entry->extents.place || !entry->height);
+	       entry->height < STORE_LEVELS - 1 && !(entry->extents.place & STORE_IN_MEMORY);
 }
 
 static int grave_is_possible(const struct mp_checkpoint_grave *entry)
 {
-	return entry->root.place && entry->level < STORE_LEVELS &&
+	return entry->root.place && !(entry->root.place & STORE_IN_MEMORY) &&
+	       entry->level < STORE_LEVELS &&
 	       (entry->kind == MP_GRAVE_MAP || entry->kind == MP_GRAVE_EXTENTS);
 }
 
@@ -259,7 +261,8 @@ static int load_graves(struct mp_store *store, const uint8_t *at, uint64_t count
 }
 
 /* Take over all tables; 0: they make no sense. */
-static int load_tables(struct mp_store *store, const struct mp_checkpoint *header, const uint8_t *at)
+static int load_tables(struct mp_store *store, const struct mp_checkpoint *header,
+		       const uint8_t *at)
 {
 	if (!header_is_possible(store, header))
 		return 0;

@@ -20,7 +20,7 @@ Tell = Callable[[str], None]
 
 
 def in_fork(work: Callable[[Tell], str]) -> str:
-    """What work returned.  Broken: it died by a signal, hung, or raised; with what it told before."""
+    """What work returned.  Broken: it died by a signal, hung or raised; with what it had told."""
     receiving, sending = os.pipe()
     child = os.fork()
     if child == 0:

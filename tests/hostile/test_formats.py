@@ -8,7 +8,7 @@ forger likes, but ends in nothing worse.  The real files are spoiled in test_spo
 import random
 from collections import Counter
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import pytest
 
@@ -38,6 +38,11 @@ def cache_world(seed: int, clean: bool) -> World:
     return make_world(seed, clean=clean)
 
 
+def outlived(spoiled: Spoiled | spoiled_store.Spoiled, _: Tell) -> str:
+    """With nothing to tell."""
+    return spoiled.outlive()
+
+
 def run_cases(
     name: str, record: Record, seed: int, case: Callable[[random.Random], str]
 ) -> Counter[str]:
@@ -58,12 +63,8 @@ def run_cases(
 @pytest.mark.parametrize("clean", [True, False], ids=["stopped", "killed"])
 def test_cache_device_that_nobody_spoiled_is_whole(clean: bool) -> None:
     for seed in range(WORLDS):
-        world = cache_world(seed, clean)
-
-        def work(_: Tell, world: World = world) -> str:
-            return Spoiled(world, newest_only=True).outlive()
-
-        assert in_fork(work) == "whole"
+        spoiled = Spoiled(cache_world(seed, clean), newest_only=True)
+        assert in_fork(partial(outlived, spoiled)) == "whole"
 
 
 @pytest.mark.parametrize("clean", [True, False], ids=["stopped", "killed"])
@@ -152,12 +153,8 @@ def store_world(seed: int) -> World:
 
 def test_store_that_nobody_spoiled_is_whole() -> None:
     for seed in range(WORLDS):
-        world = store_world(seed)
-
-        def work(_: Tell, world: World = world) -> str:
-            return spoiled_store.Spoiled(world).outlive()
-
-        assert in_fork(work) == "whole"
+        spoiled = spoiled_store.Spoiled(store_world(seed))
+        assert in_fork(partial(outlived, spoiled)) == "whole"
 
 
 def test_damaged_store_shows_an_earlier_disk_or_an_error(record_property: Record) -> None:
