@@ -114,7 +114,8 @@ def lose_cache(directory: Path, chance: random.Random) -> tuple[int, int, int]:
     server.start()
     try:
         load(server.uri, history, chance.randrange(200, 1500))
-        acknowledged = disk_of(status(directory))["destaged_sequence"]
+        while not (acknowledged := disk_of(status(directory))["destaged_sequence"]):
+            load(server.uri, history, 20)
         load(server.uri, history, chance.randrange(1, 1000))
     finally:
         server.kill()
