@@ -84,7 +84,7 @@ struct mp_engine_counters {
 		refused_requests, device_errors, segments_free, segments_total, segments_waiting,
 		slots_used, slots_total, slot_bytes, index_entries, memory_bytes, inflight_requests,
 		buffer_bytes_used, promoted_blocks, recovered_records, recovered_bytes,
-		tail_records_dropped, log_rescues, failed;
+		log_rescues, failed;
 };
 int64_t mp_engine_list_volumes(struct mp_engine *engine, struct mp_engine_volume *out,
 			       uint64_t capacity);

@@ -116,7 +116,6 @@ struct mutation {
 	struct request *request;
 	enum mutation_kind kind;
 	enum mutation_state state;
-	bool fua;
 	uint64_t first_byte, length_bytes;    /* as the guest said, within this slice */
 	uint64_t first_block, block_count;    /* blocks touched */
 	uint64_t sequence;
@@ -230,7 +229,6 @@ struct connection {
 	uint64_t reading_bytes;       /* of READs in flight or not yet sent */
 	struct link requests;         /* all in flight */
 	struct link replies;          /* finished, in order of completion */
-	struct request *sending;      /* first of replies: partly sent */
 	uint64_t sent_bytes;
 };
 
@@ -265,7 +263,7 @@ struct volume {
 	struct tombstones tombstones;
 	uint64_t release_generation;  /* moves when the log or a tombstone stops covering blocks */
 	bool sweep_wanted;            /* a tombstone is not swept, or may be over */
-	bool open, dirty_recorded, dirty_asked, dirty_ready_told, failed, corrupt, waiting_for_log;
+	bool open, dirty_recorded, dirty_asked, dirty_ready_told, failed, corrupt;
 	bool waking;                  /* a loop that wakes blocked mutations is running */
 	bool open_pending;            /* MP_EVENT_OPENED waits for a checkpoint */
 	uint64_t open_cookie, open_serial;

@@ -243,7 +243,7 @@ struct mp_group {
 	uint16_t kind;                 /* 1: data, 2: meta (pages and checkpoints) */
 	uint32_t record_count;
 	uint64_t incarnation;
-	uint64_t commit;               /* store-wide, ascending by one per group */
+	uint64_t commit;               /* store-wide; data groups ascend by one */
 	uint64_t segment;
 	uint64_t offset_bytes;         /* in the segment file */
 	uint64_t length_bytes;         /* with header and padding */

@@ -282,14 +282,12 @@ static bool append_next(struct volume *volume)
 
 	count = measure(volume, &extents, &bytes, &data, &needs);
 	table_bytes = MP_RECORD_HEADER_BYTES + extents * MP_EXTENT_BYTES + MP_BLOCK_BYTES;
-	volume->waiting_for_log = true;
 	if (!ledger_allows(engine, needs) ||
 	    !log_make_room(volume, bytes + table_bytes, !data))
 		return false;
 	append = append_new(volume, extents);
 	if (!append)
 		return false;
-	volume->waiting_for_log = false;
 	table = (struct mp_extent *)(void *)(append->header + MP_RECORD_HEADER_BYTES);
 	append->first_sequence = volume->last_sequence + 1;
 	while (count--) {

@@ -125,7 +125,6 @@ static struct mutation *add_mutation(struct request *request, enum mutation_kind
 	if (!mutation)
 		return NULL;
 	mutation->request = request;
-	mutation->fua = (request->flags & FLAG_FUA) != 0;
 	request->pending++;
 	return mutation;
 }
