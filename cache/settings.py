@@ -1,0 +1,47 @@
+"""What an operator may set for one volume on one cache; defaults for volumes that are not named.
+
+Plain values: `cli/` reads them from the command line and the configuration file, `volumes.py`
+hands them to the engine and to shaping.  Sizes are bytes, rates bytes per second, durations
+seconds.
+
+Failure modes: values that contradict each other are a ValueError with one line for the operator.
+"""
+
+from enum import StrEnum
+
+import msgspec
+
+
+class Bound(StrEnum):
+    """What gives way when the oldest undestaged write of a volume is older than its bound_s."""
+
+    RATES = "rates"  # the average first, then the peak; status says BOUND EXCEEDED
+    STRICT = "strict"  # the guest, which is slowed
+
+
+class VolumeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Shares, rates and bound of one volume.  None: no minimum, no maximum, no limit."""
+
+    log_min_bytes: int | None = None
+    log_max_bytes: int | None = None
+    slots_min_bytes: int | None = None
+    slots_max_bytes: int | None = None
+    average_bytes_per_s: int | None = None
+    peak_bytes_per_s: int | None = None
+    bound_s: float | None = None
+    bound: Bound = Bound.RATES
+
+    def __post_init__(self) -> None:
+        for least, most, what in (
+            (self.log_min_bytes, self.log_max_bytes, "log"),
+            (self.slots_min_bytes, self.slots_max_bytes, "slots"),
+        ):
+            if least is not None and most is not None and most < least:
+                raise ValueError(f"the maximum share of {what} is at least the minimum share")
+        for value in (self.log_min_bytes, self.log_max_bytes, self.slots_min_bytes):
+            if value is not None and value < 0:
+                raise ValueError("a share is not negative")
+        if self.bound_s is not None and self.bound_s <= 0:
+            raise ValueError("bound_s is above zero")
+        if self.bound is Bound.STRICT and self.bound_s is None:
+            raise ValueError("bound = strict needs bound_s")
