@@ -10,7 +10,7 @@ does not stop in time: the process ends without the clean checkpoint, as after a
 
 import asyncio
 import logging
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field
 
 from millpond.cache import limits
@@ -21,6 +21,7 @@ from millpond.cache.events import EngineEvents
 from millpond.cache.links import Identity
 from millpond.cache.replicas import ReplicaSet, StoreNode, VolumeRecord
 from millpond.cache.serving import CacheExports
+from millpond.cache.settings import VolumeSettings
 from millpond.cache.shaping import Admission, RateLimits
 from millpond.cache.tasks import Backoff, Tasks
 from millpond.cache.volumes import Volume, World
@@ -45,9 +46,16 @@ class CacheConfig:
     stores: tuple[str, ...]
     host_rates: RateLimits = field(default_factory=RateLimits)
     volume_rates: RateLimits = field(default_factory=RateLimits)
+    # Shares, rates and bound: of the volumes named here, and of all others.
+    defaults: VolumeSettings = field(default_factory=VolumeSettings)
+    volumes: Mapping[str, VolumeSettings] = field(default_factory=dict)
     name: str = "cache"
     read_only: bool = False  # every export; the volume is opened for writing all the same
     engine: EngineOptions = field(default_factory=EngineOptions)
+
+    def settings_of(self, name: str) -> VolumeSettings:
+        """What is in force for the volume of this name."""
+        return self.volumes.get(name, self.defaults)
 
 
 class CacheDaemon:
