@@ -13,10 +13,7 @@ Failure modes: a malformed line is answered and the connection goes on; too long
 import asyncio
 import logging
 import os
-import socket
-import stat
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -24,6 +21,8 @@ import msgspec
 from millpond.cache import limits
 from millpond.cache.errors import CacheAway, CacheError, escaped
 from millpond.cache.tasks import Tasks
+from millpond.store.errors import StoreError
+from millpond.store.unixsocket import SOCKET_MODE, SocketFile, bind_unix
 
 log = logging.getLogger("millpond.cache")
 
@@ -43,25 +42,17 @@ class ControlServer:
         self._handlers = handlers
         self._tasks = tasks
         self._server: asyncio.Server | None = None
-        self._path = ""
+        self._file: SocketFile | None = None
         self._connections = 0
 
-    async def listen(self, path: str, *, mode: int = 0o660) -> None:
-        """Listen; the socket file never has a wider mode, not even for a moment."""
-        clear_stale_socket(path)
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    async def listen(
+        self, path: str, *, mode: int = SOCKET_MODE, group: str | int | None = None
+    ) -> None:
+        """Listen; nobody can connect before the socket file has its mode and group."""
         try:
-            old_mask = os.umask(0o777 & ~mode)
-            try:
-                sock.bind(path)
-            finally:
-                os.umask(old_mask)
-        except OSError as error:
-            sock.close()
-            reason = os.strerror(error.errno) if error.errno else str(error)
-            raise CacheError(f"cannot listen on {escaped(path)}: {reason}") from None
-        sock.setblocking(False)
-        self._path = path
+            sock, self._file = bind_unix(path, mode=mode, group=group)
+        except StoreError as error:
+            raise CacheError(error.message) from None
         self._server = await asyncio.start_unix_server(
             self._connected, sock=sock, limit=limits.CONTROL_LINE_BYTES
         )
@@ -70,8 +61,8 @@ class ControlServer:
         """Stop listening; connections end with the tasks of the daemon."""
         if self._server is not None:
             self._server.close()
-            with suppress(FileNotFoundError):
-                os.unlink(self._path)
+        if self._file is not None:
+            self._file.remove()
 
     def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self._connections >= limits.CONTROL_CONNECTIONS_MAX or self._tasks.closing:
@@ -113,26 +104,6 @@ class ControlServer:
 
 def _refusal(code: str, message: str) -> dict[str, Any]:
     return {"ok": False, "code": code, "message": message}
-
-
-def clear_stale_socket(path: str) -> None:
-    """Remove a socket file that nobody listens on; CacheError for anything else in its place."""
-    try:
-        found = os.lstat(path)
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(found.st_mode):
-        raise CacheError(f"{escaped(path)} exists and is no socket; move it away")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-        except OSError:
-            pass  # somebody listens, and is busy or not ours
-    raise CacheError(f"another process listens on {escaped(path)}; stop it first")
 
 
 async def call(path: str, op: str, *, timeout_s: float = 10.0) -> dict[str, Any]:

@@ -35,7 +35,8 @@ from millpond.nbd.handshake import (
     RefusalCode,
 )
 from millpond.nbd.limits import NbdLimits
-from millpond.nbd.listener import UnixPath, listen_unix
+from millpond.nbd.listener import listen_unix
+from millpond.store.unixsocket import SocketFile
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -69,7 +70,7 @@ class NbdServer:
         self._slots = asyncio.Semaphore(self._limits.handshakes_max)
         self._acceptors: list[asyncio.Task[None]] = []
         self._listeners: list[socket.socket] = []
-        self._paths: list[UnixPath] = []
+        self._paths: list[SocketFile] = []
         self._handshakes: set[asyncio.Task[None]] = set()
         self._closing = False
         self.counts: Counter[str] = Counter()  # what happened to connections, by kind

@@ -25,6 +25,7 @@ from millpond.store.errors import one_line
 from millpond.store.link import CoreLink
 from millpond.store.server import Connection, Server
 from millpond.store.session import Session
+from millpond.store.unixsocket import SOCKET_MODE
 
 log = logging.getLogger("millpond.store")
 
@@ -62,8 +63,8 @@ class StoreDaemon:
         insecure_listen: bool = False,
         format_when_empty: bool = False,
         segment_bytes: int = 0,
-        unix_mode: int = 0o660,
-        unix_group_id: int | None = None,
+        unix_mode: int = SOCKET_MODE,
+        unix_group: str | int | None = None,
         handshake_timeout_s: float = limits.HANDSHAKE_TIMEOUT_S,
         connections_max: int = limits.CONNECTIONS_MAX,
     ) -> "StoreDaemon":
@@ -94,7 +95,7 @@ class StoreDaemon:
             )
             for address in addresses:
                 daemon.addresses.append(
-                    await daemon.server.listen(address, mode=unix_mode, group_id=unix_group_id)
+                    await daemon.server.listen(address, mode=unix_mode, group=unix_group)
                 )
         except BaseException:
             if daemon is not None:

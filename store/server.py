@@ -10,8 +10,6 @@ Without authentication TCP is bound to loopback only, unless the operator insist
 import asyncio
 import logging
 import os
-import socket
-import stat
 from collections.abc import Callable, Coroutine
 from typing import Any, cast
 
@@ -19,6 +17,7 @@ from millpond.store import limits, wire
 from millpond.store.address import Address, check_exposure, keep_alive
 from millpond.store.errors import Code, ProtocolError, StoreError, one_line
 from millpond.store.session import Session
+from millpond.store.unixsocket import SOCKET_MODE, SocketFile, bind_unix
 
 log = logging.getLogger("millpond.store")
 
@@ -48,17 +47,17 @@ class Server:
         self._on_failure = on_failure
         self._insecure_listen = insecure_listen
         self._listeners: list[asyncio.Server] = []
-        self._socket_files: list[tuple[str, int]] = []
+        self._socket_files: list[SocketFile] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def listen(
-        self, address: Address, *, mode: int = 0o660, group_id: int | None = None
+        self, address: Address, *, mode: int = SOCKET_MODE, group: str | int | None = None
     ) -> Address:
         """Listen; returns the address with the port that was chosen when 0 was asked for."""
         loop = asyncio.get_running_loop()
         if address.path:
-            sock = _bind_unix(address.path, mode=mode, group_id=group_id)
-            self._socket_files.append((address.path, os.stat(address.path).st_ino))
+            sock, made = bind_unix(address.path, mode=mode, group=group)
+            self._socket_files.append(made)
             self._listeners.append(
                 await loop.create_unix_server(
                     lambda: Connection(self), sock=sock, backlog=limits.LISTEN_BACKLOG
@@ -103,8 +102,8 @@ class Server:
         self.closing = True
         for listener in self._listeners:
             listener.close()
-        for path, inode in self._socket_files:
-            _unlink_own(path, inode)
+        for made in self._socket_files:
+            made.remove()
         for connection in list(self.connections):
             connection.set_reading(False)
         if self._tasks:
@@ -301,57 +300,3 @@ class Connection(asyncio.BufferedProtocol):
         """Disconnect now."""
         if self._transport is not None:
             self._transport.abort()
-
-
-def _bind_unix(path: str, *, mode: int, group_id: int | None) -> socket.socket:
-    """A bound unix socket with exactly this mode; a file left by a dead process is replaced."""
-    _clear_stale(path)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    try:
-        old_mask = os.umask(0o777 & ~mode)  # never wider than asked for, not even for a moment
-        try:
-            sock.bind(path)
-        finally:
-            os.umask(old_mask)
-        if group_id is not None:
-            os.chown(path, -1, group_id)
-        sock.setblocking(False)
-    except OSError as error:
-        sock.close()
-        code = Code.PERMISSION if isinstance(error, PermissionError) else Code.IO
-        raise StoreError(
-            code, f"cannot listen on unix:{one_line(path)}: {os.strerror(error.errno or 0)}"
-        ) from None
-    return sock
-
-
-def _clear_stale(path: str) -> None:
-    try:
-        found = os.lstat(path)
-    except OSError:
-        return  # bind will say what is wrong, if anything is
-    if not stat.S_ISSOCK(found.st_mode):
-        raise StoreError(Code.EXISTS, f"{one_line(path)} exists and is no socket; move it away")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-        except BlockingIOError:
-            pass  # its backlog is full: somebody listens
-        except OSError as error:
-            raise StoreError(
-                Code.IO, f"cannot listen on unix:{one_line(path)}: {os.strerror(error.errno or 0)}"
-            ) from None
-    raise StoreError(Code.BUSY, f"another process listens on unix:{one_line(path)}; stop it first")
-
-
-def _unlink_own(path: str, inode: int) -> None:
-    """Remove our socket file, not one that somebody put in its place."""
-    try:
-        if os.stat(path).st_ino == inode:
-            os.unlink(path)
-    except FileNotFoundError:
-        pass

@@ -458,7 +458,7 @@ def test_socket_file_of_a_dead_daemon_is_replaced(run: RunTest, tmp_path: Path) 
         alive = socket.socket(socket.AF_UNIX)
         alive.bind(str(tmp_path / "other.sock"))
         alive.listen()
-        with pytest.raises(StoreError, match="another process listens"):
+        with pytest.raises(StoreError, match="another process serves there"):
             await StoreDaemon.start(str(tmp_path), listen=[f"unix:{tmp_path}/other.sock"])
         alive.close()
 
