@@ -1,9 +1,9 @@
-/* nbd.c - NBD transmission: parse requests, cut them into slices, start them.
+/* nbd.c - NBD transmission, the way in: receive, cut into requests and payloads, start them.
  *
  * Happy path: one receive brings many requests; headers are parsed in place, a WRITE's payload goes
  * into aligned block buffers (received straight into them when large), everything finished in a
- * turn leaves in one send. Every request is validated here, once; below, the same facts are
- * asserted.
+ * turn leaves in one send. Every request is validated once (nbdrequest.c); below, the same facts
+ * are asserted.
  *
  * Failure modes: a bad request is answered with the protocol's error and its payload is consumed,
  * so that the stream stays in step; a bad magic or an absurd WRITE ends the connection. A client
@@ -17,180 +17,6 @@
 #include <endian.h>
 
 enum { RECEIVES_PER_TURN = 8 };
-
-/* ---- requests ---- */
-
-static struct request *request_new(struct connection *connection, const uint8_t *header)
-{
-	struct request *request = calloc(1, sizeof *request);
-	uint16_t half;
-	uint32_t word;
-	uint64_t giant;
-
-	if (!request)
-		return NULL;
-	request->connection = connection;
-	list_init(&request->in_connection);
-	list_init(&request->reads);
-	list_init(&request->in_sync);
-	list_init(&request->in_replies);
-	memcpy(&half, header + 4, 2);
-	request->flags = be16toh(half);
-	memcpy(&half, header + 6, 2);
-	request->command = be16toh(half);
-	memcpy(&request->handle, header + 8, 8);
-	memcpy(&giant, header + 16, 8);
-	request->offset_bytes = be64toh(giant);
-	memcpy(&word, header + 24, 4);
-	request->length_bytes = be32toh(word);
-	request->pending = 1; /* ours, until all slices are started */
-	list_append(&connection->requests, &request->in_connection);
-	connection->inflight++;
-	connection->engine->counters.requests++;
-	connection->engine->counters.inflight_requests++;
-	return request;
-}
-
-static bool is_mutation(uint16_t command)
-{
-	return command == COMMAND_WRITE || command == COMMAND_TRIM ||
-	       command == COMMAND_WRITE_ZEROES;
-}
-
-/* The errno of a request that must not be carried out, or 0. */
-static int validate(const struct request *request)
-{
-	const struct connection *connection = request->connection;
-	uint64_t size = connection->volume->size_bytes;
-	uint16_t allowed = FLAG_FUA;
-	bool beyond = request->offset_bytes > size ||
-		      request->length_bytes > size - request->offset_bytes;
-
-	if (request->command == COMMAND_WRITE_ZEROES)
-		allowed |= FLAG_NO_HOLE;
-	if (request->flags & ~allowed)
-		return EINVAL;
-	if (request->command > COMMAND_WRITE_ZEROES || request->command == COMMAND_CACHE)
-		return EINVAL;
-	if (is_mutation(request->command) && connection->read_only)
-		return EPERM;
-	if (request->command == COMMAND_FLUSH)
-		return 0;
-	if ((request->command == COMMAND_READ || request->command == COMMAND_WRITE) &&
-	    request->length_bytes > NBD_PAYLOAD_MAX)
-		return EINVAL;
-	if (beyond)
-		return request->command == COMMAND_WRITE ||
-				       request->command == COMMAND_WRITE_ZEROES
-			       ? ENOSPC
-			       : EINVAL;
-	return 0;
-}
-
-static void start_read(struct request *request)
-{
-	struct volume *volume = request->connection->volume;
-	uint64_t first = request->offset_bytes / MP_BLOCK_BYTES;
-	uint64_t end = (request->offset_bytes + request->length_bytes + MP_BLOCK_BYTES - 1) /
-		       MP_BLOCK_BYTES;
-
-	volume->counters.reads++;
-	request->reading = true;
-	request->connection->reading_bytes += request->length_bytes;
-	volume->engine->counters.read_bytes += request->length_bytes;
-	while (request->length_bytes && first < end) {
-		uint32_t count = end - first > SLICE_BLOCKS ? SLICE_BLOCKS
-							    : (uint32_t)(end - first);
-		struct read *read = read_new(volume, first, count);
-
-		if (!read) {
-			request_error(request, EIO);
-			break;
-		}
-		read->request = request;
-		request->pending++;
-		list_append(&request->reads, &read->in_request);
-		read_start(read);
-		first += count;
-	}
-	request_slice_done(request);
-}
-
-static struct mutation *add_mutation(struct request *request, enum mutation_kind kind,
-				     uint64_t first_byte, uint64_t length_bytes)
-{
-	struct volume *volume = request->connection->volume;
-	struct mutation *mutation = mutation_new(volume, kind, first_byte, length_bytes);
-
-	if (!mutation)
-		return NULL;
-	mutation->request = request;
-	request->pending++;
-	return mutation;
-}
-
-static bool zero_edge(struct request *request, uint64_t first_byte, uint64_t length_bytes)
-{
-	struct mutation *mutation = add_mutation(request, MUTATION_DATA, first_byte, length_bytes);
-
-	if (!mutation)
-		return false;
-	memset(mutation->buffer, 0, mutation->buffer_bytes);
-	mutation_arrive(mutation);
-	return true;
-}
-
-/* TRIM and WRITE_ZEROES: the edges that cover a block partly are written, whole blocks become one
- * range. */
-static void start_range(struct request *request)
-{
-	uint64_t at = request->offset_bytes, end = at + request->length_bytes;
-	uint64_t first = (at + MP_BLOCK_BYTES - 1) / MP_BLOCK_BYTES * MP_BLOCK_BYTES;
-	uint64_t last = end / MP_BLOCK_BYTES * MP_BLOCK_BYTES;
-	struct volume *volume = request->connection->volume;
-	bool ok = true, trim = request->command == COMMAND_TRIM;
-
-	if (end == volume->size_bytes && end % MP_BLOCK_BYTES)
-		/* nothing lies behind the end */
-		last = (end / MP_BLOCK_BYTES + 1) * MP_BLOCK_BYTES;
-	if (trim)
-		volume->counters.trims++;
-	else
-		volume->counters.zeroes++;
-	if (request->length_bytes && last < first)
-		ok = zero_edge(request, at, end - at);
-	else if (request->length_bytes) {
-		if (at < first)
-			ok = zero_edge(request, at, first - at);
-		if (ok && first < last) {
-			struct mutation *middle =
-				add_mutation(request, trim ? MUTATION_TRIM : MUTATION_ZERO, first,
-					     last - first);
-			ok = middle != NULL;
-			if (middle)
-				mutation_arrive(middle);
-		}
-		if (ok && last < end)
-			ok = zero_edge(request, last, end - last);
-	}
-	if (!ok)
-		request_error(request, EIO);
-	request_slice_done(request);
-}
-
-static void start_flush(struct request *request)
-{
-	struct volume *volume = request->connection->volume;
-
-	volume->counters.flushes++;
-	volume->engine->counters.flushes++;
-	if (volume->failed)
-		request_error(request, EIO);
-	if (request->error)
-		request_finish(request);
-	else
-		log_wait_for_sync(volume, request);
-}
 
 /* ---- receiving ---- */
 
@@ -271,7 +97,7 @@ static void refuse(struct connection *connection, struct request *request, int e
 
 static void dispatch(struct connection *connection, struct request *request)
 {
-	int error = validate(request);
+	int error = request_validate(request);
 
 	if (request->command == COMMAND_DISC) {
 		connection->disconnected = true;
@@ -283,23 +109,15 @@ static void dispatch(struct connection *connection, struct request *request)
 		refuse(connection, request, error);
 		return;
 	}
-	switch (request->command) {
-	case COMMAND_READ:
-		start_read(request);
-		break;
-	case COMMAND_WRITE:
-		connection->volume->counters.writes++;
-		connection->engine->counters.written_bytes += request->length_bytes;
-		connection->writing = request;
-		connection->payload_left = request->length_bytes;
-		connection->state = RECEIVE_PAYLOAD;
-		break;
-	case COMMAND_FLUSH:
-		start_flush(request);
-		break;
-	default:
-		start_range(request);
+	if (request->command != COMMAND_WRITE) {
+		request_start(request);
+		return;
 	}
+	connection->volume->counters.writes++;
+	connection->engine->counters.written_bytes += request->length_bytes;
+	connection->writing = request;
+	connection->payload_left = request->length_bytes;
+	connection->state = RECEIVE_PAYLOAD;
 }
 
 static bool parse_header(struct connection *connection)
@@ -345,7 +163,7 @@ static bool next_slice(struct connection *connection)
 	if (length > connection->payload_left)
 		length = connection->payload_left;
 	if (buffers_allow(connection, length + 2ULL * MP_BLOCK_BYTES))
-		connection->slice = add_mutation(request, MUTATION_DATA, at, length);
+		connection->slice = request_mutation(request, MUTATION_DATA, at, length);
 	connection->slice_received = 0;
 	if (!connection->slice)
 		pause_reading(connection);

@@ -1,5 +1,5 @@
-/* nbd_internal.h - what the two halves of the NBD transmission share: nbd.c (in) and nbdreply.c
- * (out).
+/* nbd_internal.h - what the parts of the NBD transmission share: nbd.c (in), nbdrequest.c (what is
+ * asked for) and nbdreply.c (out).
  *
  * Engine thread only.
  */
@@ -17,6 +17,15 @@ enum { FLAG_FUA = 1, FLAG_NO_HOLE = 2 };
 void connection_break(struct connection *connection); /* nothing more is read or answered */
 void connection_abandon_write(struct connection *connection);
 bool connection_may_receive(const struct connection *connection);
+
+/* nbdrequest.c */
+struct request *request_new(struct connection *connection, const uint8_t *header);
+/* The errno of a request that must not be carried out, or 0. */
+int request_validate(const struct request *request);
+void request_start(struct request *request); /* any but a WRITE */
+/* One more slice of the request; NULL: no memory. */
+struct mutation *request_mutation(struct request *request, enum mutation_kind kind,
+				  uint64_t first_byte, uint64_t length_bytes);
 
 /* nbdreply.c */
 void request_free(struct request *request);
