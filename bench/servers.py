@@ -87,14 +87,21 @@ class Target:
         raise SystemExit(f"{command[0]} did not get ready")
 
     def make_file(self) -> None:
-        """A file of the disk's size, every byte written with incompressible data."""
-        job = fio.Job("fill", "write", MIB, 8, 0, self.disk_bytes)
-        fio.run(job, ["--ioengine=libaio", "--direct=1", f"--filename={self.file}"])
+        """A file of the disk's size, every byte written with incompressible data, if not there."""
+        if not self.file.exists():
+            job = fio.Job("fill", "write", MIB, 8, 0, self.disk_bytes)
+            fio.run(job, ["--ioengine=libaio", "--direct=1", f"--filename={self.file}"])
+
+    def share_file(self) -> None:
+        """The file that everything with direct I/O works on: the same places of the disk."""
+        self.file = self.directory.parent / "disk.raw"
+        self.make_file()
 
     def spawn_qemu_nbd(self, socket: Path) -> None:
-        """qemu-nbd with direct I/O on the file."""
-        command = ["qemu-nbd", "--cache=none", "--aio=native", "--discard=unmap", "-f", "raw"]
-        self.spawn([*command, "-t", "-e", "4", "-k", str(socket), str(self.file)], socket)
+        """qemu-nbd with direct I/O on the file; unlocked, as they share it, one at a time."""
+        options = f"driver=raw,file.driver=file,file.locking=off,file.filename={self.file}"
+        command = ["qemu-nbd", "--cache=none", "--aio=native", "--discard=unmap"]
+        self.spawn([*command, "-t", "-e", "4", "-k", str(socket), "--image-opts", options], socket)
 
 
 class Raw(Target):
@@ -103,7 +110,7 @@ class Raw(Target):
     name = "raw"
 
     def start(self) -> None:
-        self.make_file()
+        self.share_file()
 
     def reach(self) -> list[str]:
         return ["--ioengine=libaio", "--direct=1", f"--filename={self.file}"]
@@ -115,7 +122,7 @@ class QemuNbd(Target):
     name = "qemu-nbd"
 
     def start(self) -> None:
-        self.make_file()
+        self.share_file()
         self.spawn_qemu_nbd(self.socket)
 
 
@@ -147,7 +154,7 @@ class NbdkitProxy(Target):
     name = "nbdkit proxy"
 
     def start(self) -> None:
-        self.make_file()
+        self.share_file()
         behind = self.directory / "behind"
         self.spawn_qemu_nbd(behind)
         command = ["nbdkit", "-f", "-U", str(self.socket), "nbd", f"socket={behind}"]
@@ -171,6 +178,7 @@ class Millpond(Target):
         command = Path(sys.executable).with_name("millpond")
         log = self.directory / "millpond.log"
         self.daemon = Daemon(command, self.directory / "up", sizes, log)
+        self.warm = False
 
     def start(self) -> None:
         self.daemon.start()
@@ -193,6 +201,7 @@ class Millpond(Target):
         self.daemon.stop()
         self.daemon.format_cache()
         self.daemon.start()
+        self.warm = False
 
     def make_warm(self, job: fio.Job) -> None:
         """Bring the region into read slots: its log space is used again first, then it is read.
@@ -200,6 +209,8 @@ class Millpond(Target):
         What lies in the write log is answered from there, so the other half of the disk is
         written until the log has gone round, and destaged.
         """
+        if self.warm:
+            return
         other = self.disk_bytes // 2
         for _ in range(2):
             fio.run(fio.Job("recycle", "write", MIB, 4, other, other), self.reach())
@@ -207,6 +218,7 @@ class Millpond(Target):
         region = fio.Job("warm", "read", MIB, 4, job.offset_bytes, job.region_bytes)
         for _ in range(2):  # the admission test may want to see a block twice
             fio.run(region, self.reach())
+        self.warm = True
 
     def snapshot(self) -> dict[str, int]:
         engine = self.daemon.status()["engine"]
