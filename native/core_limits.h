@@ -26,6 +26,7 @@ enum {
 	TOMBSTONES_MAX = 65536,              /* per shard; more wait for destage and sweep */
 	SWEEP_STEPS = 256,                   /* table steps of sweeping per turn of the loop */
 	FETCHES_MAX = 4096,                  /* outstanding READ frames */
+	STORES_MAX = 64,                     /* that one cache is connected to */
 	FETCH_ATTEMPTS = 3,                  /* of a reply that does not verify */
 	/* slot writes in flight; beyond it a miss is not installed */
 	FILLS_MAX = 128,

@@ -324,6 +324,7 @@ static struct mp_engine *engine_new(struct mp_driver *driver,
 				    const struct mp_engine_options *options)
 {
 	struct mp_engine *engine = calloc(1, sizeof *engine);
+	uint32_t i;
 
 	if (!engine)
 		return NULL;
@@ -331,7 +332,8 @@ static struct mp_engine *engine_new(struct mp_driver *driver,
 	engine->options = *options;
 	set_defaults(&engine->options);
 	list_init(&engine->connections);
-	list_init(&engine->fetches);
+	for (i = 0; i < STORES_MAX; i++)
+		list_init(&engine->stores[i].fetches);
 	engine->commands_tail = &engine->commands;
 	engine->events_tail = &engine->events;
 	engine->next_origin = 1;
@@ -396,8 +398,10 @@ void mp_engine_free(struct mp_engine *engine)
 	free(engine->checkpoint.buffer);
 	free(engine->rescue.scan.memory);
 	free(engine->checkpoint.captured);
-	free(engine->outgoing);
-	free(engine->reply_bytes);
+	for (i = 0; i < STORES_MAX; i++) {
+		free(engine->stores[i].outgoing);
+		free(engine->stores[i].reply_bytes);
+	}
 	pthread_mutex_destroy(&engine->mutex);
 	free(engine);
 }

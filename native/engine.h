@@ -93,11 +93,11 @@ void mp_engine_counters(struct mp_engine *engine, struct mp_engine_counters *out
 /* Make a volume known, or known again under a new epoch and lineage: from here its records carry
  * them. applied_sequence is the store's position. keep_slots: the slots are valid for that
  * position. A volume that the device remembers with dirty records continues after its last
- * sequence; then applied_sequence must cover all but those. Result: MP_EVENT_OPENED with cookie,
- * status and last_sequence. */
+ * sequence; then applied_sequence must cover all but those. store: where its misses go, below
+ * 64 (-EINVAL), as in take_fetch. Result: MP_EVENT_OPENED with cookie, status and last_sequence. */
 int mp_engine_open_volume(struct mp_engine *engine, const uint8_t *id, uint64_t size_bytes,
 			  uint64_t epoch, uint64_t lineage, uint64_t applied_sequence,
-			  int keep_slots, uint64_t cookie);
+			  int keep_slots, uint32_t store, uint64_t cookie);
 /* Drop a volume without dirty records and without connections; its slots are swept.
  * MP_EVENT_CLOSED. */
 int mp_engine_close_volume(struct mp_engine *engine, const uint8_t *id, int forget_slots,
@@ -126,20 +126,19 @@ int64_t mp_engine_take_batch(struct mp_engine *engine, const uint8_t *id, void *
 /* The store has durably applied everything up to sequence. */
 int mp_engine_destaged(struct mp_engine *engine, const uint8_t *id, uint64_t sequence);
 
-/* Misses: complete READ frames to send to a replica, and its replies, as byte streams. link down:
- * outstanding reads wait and are sent again after link up, which starts both streams afresh. feed:
- * 0 or -EPROTO: drop the connection. */
-int64_t mp_engine_take_fetch(struct mp_engine *engine, uint32_t replica, void *out,
+/* Misses: complete READ frames to send to a store, and its replies, as byte streams. link down:
+ * outstanding reads wait and are sent again after link up, which starts both streams afresh. */
+int64_t mp_engine_take_fetch(struct mp_engine *engine, uint32_t store, void *out,
 			     uint64_t capacity_bytes);
-int mp_engine_feed_fetch(struct mp_engine *engine, uint32_t replica, const void *bytes,
+int mp_engine_feed_fetch(struct mp_engine *engine, uint32_t store, const void *bytes,
 			 uint64_t length_bytes);
-int mp_engine_link(struct mp_engine *engine, uint32_t replica, int up);
+int mp_engine_link(struct mp_engine *engine, uint32_t store, int up);
 
 enum mp_event_type { MP_EVENT_OPENED = 1, MP_EVENT_CLOSED, MP_EVENT_CONNECTION_CLOSED,
 	MP_EVENT_NEED_DIRTY, MP_EVENT_DIRTY_CLEAR, MP_EVENT_BATCH, MP_EVENT_DIRTY_READY,
 	MP_EVENT_VOLUME_FAILED, MP_EVENT_ENGINE_FAILED, MP_EVENT_STOPPED, MP_EVENT_LINK_BROKEN };
-/* MP_EVENT_LINK_BROKEN: the fetch stream is malformed or damaged: drop the connection, link down,
- * connect, link up. */
+/* MP_EVENT_LINK_BROKEN: the fetch stream of store `cookie` is malformed or damaged: drop the
+ * connection, link down, connect, link up. */
 /* MP_EVENT_DIRTY_READY: a volume without undestaged records has some now (ask with cut). */
 struct mp_event {
 	uint32_t type;                     /* enum mp_event_type */
@@ -152,7 +151,7 @@ struct mp_event {
 /* Drain: clears the notification. Returns the count; call again while it returns capacity. */
 int64_t mp_engine_events(struct mp_engine *engine, struct mp_event *out, uint64_t capacity);
 /* 1: take_fetch has bytes */
-int mp_engine_fetch_pending(struct mp_engine *engine, uint32_t replica);
+int mp_engine_fetch_pending(struct mp_engine *engine, uint32_t store);
 /* cdef: end */
 
 #endif

@@ -145,7 +145,7 @@ class EngineFailed(Event):
 
 
 class LinkBroken(Event):
-    """A reply of a store is malformed: give that connection up and make a new one."""
+    """A reply of store `cookie` is malformed: give that connection up and make a new one."""
 
 
 class Stopped(Event):
@@ -313,8 +313,12 @@ class Engine:
         applied_sequence: int,
         keep_slots: bool,
         cookie: int,
+        store: int = 0,
     ) -> None:
-        """Make a volume known under this epoch and lineage; Opened follows."""
+        """Make a volume known under this epoch and lineage; Opened follows.
+
+        store: whose fetch stream carries its misses.
+        """
         result = lib.mp_engine_open_volume(
             self._engine,
             volume,
@@ -323,6 +327,7 @@ class Engine:
             lineage,
             applied_sequence,
             int(keep_slots),
+            store,
             cookie,
         )
         _check(result, "open of a volume")
@@ -373,28 +378,28 @@ class Engine:
         """The store has durably applied everything up to sequence."""
         _check(lib.mp_engine_destaged(self._engine, volume, sequence), "destage acknowledgement")
 
-    def fetch_pending(self, replica: int) -> bool:
+    def fetch_pending(self, store: int) -> bool:
         """take_fetch has bytes."""
-        return bool(lib.mp_engine_fetch_pending(self._engine, replica))
+        return bool(lib.mp_engine_fetch_pending(self._engine, store))
 
-    def take_fetch(self, replica: int) -> bytes:
+    def take_fetch(self, store: int) -> bytes:
         """READ frames to send next; empty when there are none."""
         taken = _check(
-            lib.mp_engine_take_fetch(self._engine, replica, self._fetch, TAKE_FETCH_BYTES),
+            lib.mp_engine_take_fetch(self._engine, store, self._fetch, TAKE_FETCH_BYTES),
             "take of fetches",
         )
         return bytes(ffi.buffer(self._fetch, taken))
 
-    def feed_fetch(self, replica: int, received: Buffer) -> bool:
-        """Reply bytes from a replica.  False: it broke the protocol, drop the connection."""
+    def feed_fetch(self, store: int, received: Buffer) -> bool:
+        """Reply bytes from a store.  False: it broke the protocol, drop the connection."""
         result = lib.mp_engine_feed_fetch(
-            self._engine, replica, ffi.from_buffer(received), len(received)
+            self._engine, store, ffi.from_buffer(received), len(received)
         )
         return int(result) >= 0
 
-    def link(self, replica: int, *, up: bool) -> None:
-        """The fetch connection to a replica came or went; both streams start afresh."""
-        _check(lib.mp_engine_link(self._engine, replica, int(up)), "link state")
+    def link(self, store: int, *, up: bool) -> None:
+        """The fetch connection to a store came or went; both streams start afresh."""
+        _check(lib.mp_engine_link(self._engine, store, int(up)), "link state")
 
     def events(self) -> Iterator[Event]:
         """Drain."""

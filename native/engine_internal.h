@@ -175,7 +175,7 @@ struct part {
 };
 /* A run of blocks that comes from the store. */
 struct fetch {
-	struct link in_queue;     /* engine->fetches, oldest first */
+	struct link in_queue;     /* its store's fetches, oldest first */
 	struct read *read;
 	uint32_t first, count;
 	uint64_t request_id;
@@ -243,6 +243,7 @@ struct volume {
 	uint8_t id[16];
 	uint64_t seed;
 	uint32_t number, origin;
+	uint32_t store;               /* where it lives: of the engine's links */
 	uint64_t size_bytes, epoch, lineage;
 	uint64_t last_sequence;       /* given to a mutation */
 	uint64_t applied_sequence;    /* logged and in the index */
@@ -370,9 +371,21 @@ struct rescue {
 	uint64_t serial;              /* of the checkpoint that makes it final */
 };
 
+/* The fetch stream of one store.  Those of others neither wait for it nor walk over what it owes. */
+struct store_link {
+	struct link fetches;
+	bool up;
+	uint8_t *reply_bytes;         /* an incomplete frame */
+	uint64_t reply_length, reply_capacity;
+	/* under the engine's mutex: READ frames to take */
+	uint8_t *outgoing;
+	uint64_t outgoing_begin, outgoing_end, outgoing_capacity;
+};
+
 struct command {
 	struct command *next;
 	int kind, flag, socket;
+	uint32_t store;
 	uint8_t volume[16];
 	uint64_t size_bytes, epoch, lineage, sequence, cookie, length_bytes;
 	uint8_t bytes[];
@@ -399,12 +412,9 @@ struct mp_engine {
 	struct link connections;
 	uint32_t connection_count, paused;
 	bool resume_wanted;           /* a request ended: paused connections may go on */
-	struct link fetches;
+	struct store_link stores[STORES_MAX];
 	uint64_t next_request_id;
 	uint32_t fetch_count, fills_inflight, ios_inflight;
-	bool link_up;
-	uint8_t *reply_bytes;         /* of the fetch stream: an incomplete frame */
-	uint64_t reply_length, reply_capacity;
 	struct cut cut;
 	uint32_t cut_turn, append_turn;
 	struct release release;
@@ -424,8 +434,6 @@ struct mp_engine {
 	struct command *commands, **commands_tail;
 	struct event_node *events, **events_tail;
 	uint64_t event_count;
-	uint8_t *outgoing;            /* READ frames to take */
-	uint64_t outgoing_begin, outgoing_end, outgoing_capacity;
 	struct mp_engine_volume *published;
 	uint32_t published_count;
 	struct mp_engine_counters published_counters;
@@ -527,8 +535,9 @@ bool sweep_pending(const struct mp_engine *engine);
 
 /* fetch.c */
 void fetch_start(struct read *read, uint32_t first, uint32_t count);
-void fetch_feed(struct mp_engine *engine, const uint8_t *bytes, uint64_t length_bytes);
-void fetch_link(struct mp_engine *engine, bool up);
+void fetch_feed(struct mp_engine *engine, uint32_t store, const uint8_t *bytes,
+		uint64_t length_bytes);
+void fetch_link(struct mp_engine *engine, uint32_t store, bool up);
 void fetches_abandon(struct mp_engine *engine);
 bool fill_allowed(struct volume *volume, uint64_t block, uint64_t generation);
 

@@ -14,35 +14,36 @@
 
 enum { READ_FRAME_BYTES = MP_FRAME_HEADER_BYTES + (int)sizeof(struct mp_read_request) };
 
-static bool outgoing_reserve(struct mp_engine *engine, uint64_t bytes)
+static bool outgoing_reserve(struct store_link *link, uint64_t bytes)
 {
-	uint64_t used = engine->outgoing_end - engine->outgoing_begin, capacity;
+	uint64_t used = link->outgoing_end - link->outgoing_begin, capacity;
 	uint8_t *memory;
 
-	if (engine->outgoing_end + bytes <= engine->outgoing_capacity)
+	if (link->outgoing_end + bytes <= link->outgoing_capacity)
 		return true;
 	if (used)
-		memmove(engine->outgoing, engine->outgoing + engine->outgoing_begin, used);
-	engine->outgoing_begin = 0;
-	engine->outgoing_end = used;
-	if (used + bytes <= engine->outgoing_capacity)
+		memmove(link->outgoing, link->outgoing + link->outgoing_begin, used);
+	link->outgoing_begin = 0;
+	link->outgoing_end = used;
+	if (used + bytes <= link->outgoing_capacity)
 		return true;
-	capacity = engine->outgoing_capacity ? engine->outgoing_capacity * 2 : 65536;
-	memory = realloc(engine->outgoing, capacity);
+	capacity = link->outgoing_capacity ? link->outgoing_capacity * 2 : 65536;
+	memory = realloc(link->outgoing, capacity);
 	if (!memory)
 		return false;
-	engine->outgoing = memory;
-	engine->outgoing_capacity = capacity;
+	link->outgoing = memory;
+	link->outgoing_capacity = capacity;
 	return true;
 }
 
 static void fetch_send(struct mp_engine *engine, struct fetch *fetch)
 {
 	struct volume *volume = fetch->read->volume;
+	struct store_link *link = &engine->stores[volume->store];
 	struct { struct mp_frame frame; struct mp_read_request request; } out;
 	bool ok;
 
-	if (!engine->link_up)
+	if (!link->up)
 		return;
 	memset(&out, 0, sizeof out);
 	out.frame.type = MP_FRAME_READ;
@@ -55,10 +56,10 @@ static void fetch_send(struct mp_engine *engine, struct fetch *fetch)
 	out.request.block_count = fetch->count;
 	mp_frame_seal(&out.frame);
 	pthread_mutex_lock(&engine->mutex);
-	ok = outgoing_reserve(engine, READ_FRAME_BYTES);
+	ok = outgoing_reserve(link, READ_FRAME_BYTES);
 	if (ok) {
-		memcpy(engine->outgoing + engine->outgoing_end, &out, READ_FRAME_BYTES);
-		engine->outgoing_end += READ_FRAME_BYTES;
+		memcpy(link->outgoing + link->outgoing_end, &out, READ_FRAME_BYTES);
+		link->outgoing_end += READ_FRAME_BYTES;
 	}
 	pthread_mutex_unlock(&engine->mutex);
 	fetch->sent = ok; /* without memory now: the next link_up sends it */
@@ -83,7 +84,7 @@ void fetch_start(struct read *read, uint32_t first, uint32_t count)
 		fetch->request_id = ++engine->next_request_id;
 		fetch->generation = read->volume->release_generation;
 		read->pending++;
-		list_append(&engine->fetches, &fetch->in_queue);
+		list_append(&engine->stores[read->volume->store].fetches, &fetch->in_queue);
 		engine->fetch_count++;
 		read->volume->fetch_count++;
 		engine->counters.fetches++;
@@ -310,12 +311,12 @@ static void refused(struct mp_engine *engine, struct fetch *fetch, uint32_t stat
 	fetch_end(engine, fetch, EIO);
 }
 
-static struct fetch *fetch_by_id(struct mp_engine *engine, uint64_t request_id)
+static struct fetch *fetch_by_id(struct store_link *store, uint64_t request_id)
 {
 	struct link *link;
 
 	/* Replies come nearly in order: the oldest is nearly always the first. */
-	for (link = engine->fetches.next; link != &engine->fetches; link = link->next) {
+	for (link = store->fetches.next; link != &store->fetches; link = link->next) {
 		struct fetch *fetch = CONTAINER(link, struct fetch, in_queue);
 		if (fetch->request_id == request_id)
 			return fetch;
@@ -323,7 +324,8 @@ static struct fetch *fetch_by_id(struct mp_engine *engine, uint64_t request_id)
 	return NULL;
 }
 
-static int reply_handle(struct mp_engine *engine, const uint8_t *bytes, uint64_t length_bytes)
+static int reply_handle(struct mp_engine *engine, struct store_link *link, const uint8_t *bytes,
+			uint64_t length_bytes)
 {
 	struct mp_frame frame;
 	struct fetch *fetch;
@@ -332,7 +334,7 @@ static int reply_handle(struct mp_engine *engine, const uint8_t *bytes, uint64_t
 	memcpy(&frame, bytes, sizeof frame);
 	if (frame.type != MP_FRAME_READ_REPLY)
 		return -EPROTO;
-	fetch = fetch_by_id(engine, frame.request_id);
+	fetch = fetch_by_id(link, frame.request_id);
 	if (!fetch)
 		return 0; /* answered on an earlier link */
 	if (frame.status) {
@@ -357,78 +359,88 @@ static int reply_handle(struct mp_engine *engine, const uint8_t *bytes, uint64_t
 	return 0;
 }
 
-static void stream_broken(struct mp_engine *engine)
+static void stream_broken(struct mp_engine *engine, uint32_t store)
 {
 	struct mp_event event;
 
 	engine->counters.protocol_errors++;
-	engine->link_up = false;
-	engine->reply_length = 0;
+	engine->stores[store].up = false;
+	engine->stores[store].reply_length = 0;
 	memset(&event, 0, sizeof event);
 	event.type = MP_EVENT_LINK_BROKEN;
+	event.cookie = store;
 	strcpy(event.message, "a reply of the store is malformed: connect again");
 	engine_event(engine, &event);
 }
 
-static bool reply_append(struct mp_engine *engine, const uint8_t *bytes, uint64_t length_bytes)
+static bool reply_append(struct store_link *link, const uint8_t *bytes, uint64_t length_bytes)
 {
-	uint64_t need = engine->reply_length + length_bytes;
+	uint64_t need = link->reply_length + length_bytes;
 
-	if (need > engine->reply_capacity) {
-		uint8_t *memory = realloc(engine->reply_bytes, need * 2);
+	if (need > link->reply_capacity) {
+		uint8_t *memory = realloc(link->reply_bytes, need * 2);
 		if (!memory)
 			return false;
-		engine->reply_bytes = memory;
-		engine->reply_capacity = need * 2;
+		link->reply_bytes = memory;
+		link->reply_capacity = need * 2;
 	}
-	memcpy(engine->reply_bytes + engine->reply_length, bytes, length_bytes);
-	engine->reply_length = need;
+	memcpy(link->reply_bytes + link->reply_length, bytes, length_bytes);
+	link->reply_length = need;
 	return true;
 }
 
-void fetch_feed(struct mp_engine *engine, const uint8_t *bytes, uint64_t length_bytes)
+void fetch_feed(struct mp_engine *engine, uint32_t store, const uint8_t *bytes,
+		uint64_t length_bytes)
 {
+	struct store_link *link = &engine->stores[store];
 	uint64_t at = 0;
 	int64_t total = 0;
 
-	if (!engine->link_up)
+	if (!link->up)
 		return; /* left over from a link that was given up */
-	if (!reply_append(engine, bytes, length_bytes)) {
-		stream_broken(engine);
+	if (!reply_append(link, bytes, length_bytes)) {
+		stream_broken(engine, store);
 		return;
 	}
-	while (at < engine->reply_length) {
-		total = mp_frame_check(engine->reply_bytes + at, engine->reply_length - at);
-		if (total == -EAGAIN || (total > 0 && (uint64_t)total > engine->reply_length - at))
+	while (at < link->reply_length) {
+		total = mp_frame_check(link->reply_bytes + at, link->reply_length - at);
+		if (total == -EAGAIN || (total > 0 && (uint64_t)total > link->reply_length - at))
 			break;
-		if (total < 0 || reply_handle(engine, engine->reply_bytes + at, (uint64_t)total)) {
-			stream_broken(engine);
+		if (total < 0 ||
+		    reply_handle(engine, link, link->reply_bytes + at, (uint64_t)total)) {
+			stream_broken(engine, store);
 			return;
 		}
 		at += (uint64_t)total;
 	}
-	engine->reply_length -= at;
-	memmove(engine->reply_bytes, engine->reply_bytes + at, engine->reply_length);
+	link->reply_length -= at;
+	memmove(link->reply_bytes, link->reply_bytes + at, link->reply_length);
 }
 
-void fetch_link(struct mp_engine *engine, bool up)
+void fetch_link(struct mp_engine *engine, uint32_t store, bool up)
 {
-	struct link *link;
+	struct store_link *link = &engine->stores[store];
+	struct link *each;
 
-	engine->link_up = up;
-	engine->reply_length = 0;
+	link->up = up;
+	link->reply_length = 0;
 	pthread_mutex_lock(&engine->mutex);
-	engine->outgoing_begin = engine->outgoing_end = 0;
+	link->outgoing_begin = link->outgoing_end = 0;
 	pthread_mutex_unlock(&engine->mutex);
 	if (!up)
 		return;
-	for (link = engine->fetches.next; link != &engine->fetches; link = link->next)
-		fetch_send(engine, CONTAINER(link, struct fetch, in_queue));
+	for (each = link->fetches.next; each != &link->fetches; each = each->next)
+		fetch_send(engine, CONTAINER(each, struct fetch, in_queue));
 }
 
 /* The engine stops: nobody waits for these any more (their connections are broken). */
 void fetches_abandon(struct mp_engine *engine)
 {
-	while (!list_is_empty(&engine->fetches))
-		fetch_end(engine, CONTAINER(engine->fetches.next, struct fetch, in_queue), EIO);
+	uint32_t i;
+
+	for (i = 0; i < STORES_MAX; i++) {
+		struct link *fetches = &engine->stores[i].fetches;
+		while (!list_is_empty(fetches))
+			fetch_end(engine, CONTAINER(fetches->next, struct fetch, in_queue), EIO);
+	}
 }

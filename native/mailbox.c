@@ -126,10 +126,10 @@ static void execute(struct mp_engine *engine, const struct command *command)
 			destaged(volume, command->sequence);
 		break;
 	case COMMAND_FEED:
-		fetch_feed(engine, command->bytes, command->length_bytes);
+		fetch_feed(engine, command->store, command->bytes, command->length_bytes);
 		break;
 	case COMMAND_LINK:
-		fetch_link(engine, command->flag != 0);
+		fetch_link(engine, command->store, command->flag != 0);
 		break;
 	default:
 		do_stop(engine);
@@ -200,10 +200,13 @@ static int post(struct mp_engine *engine, struct command *command)
 
 int mp_engine_open_volume(struct mp_engine *engine, const uint8_t *id, uint64_t size_bytes,
 			  uint64_t epoch, uint64_t lineage, uint64_t applied_sequence,
-			  int keep_slots, uint64_t cookie)
+			  int keep_slots, uint32_t store, uint64_t cookie)
 {
-	struct command *command = command_new(COMMAND_OPEN, id, NULL, 0);
+	struct command *command =
+		store < STORES_MAX ? command_new(COMMAND_OPEN, id, NULL, 0) : NULL;
 
+	if (store >= STORES_MAX)
+		return -EINVAL;
 	if (!command)
 		return -ENOMEM;
 	command->size_bytes = size_bytes;
@@ -211,6 +214,7 @@ int mp_engine_open_volume(struct mp_engine *engine, const uint8_t *id, uint64_t 
 	command->lineage = lineage;
 	command->sequence = applied_sequence;
 	command->flag = keep_slots;
+	command->store = store;
 	command->cookie = cookie;
 	return post(engine, command);
 }
@@ -283,22 +287,29 @@ int mp_engine_destaged(struct mp_engine *engine, const uint8_t *id, uint64_t seq
 	return post(engine, command);
 }
 
-int mp_engine_feed_fetch(struct mp_engine *engine, uint32_t replica, const void *bytes,
-			 uint64_t length_bytes)
+static int post_to_store(struct mp_engine *engine, uint32_t store, struct command *command)
 {
-	(void)replica;
-	return post(engine, command_new(COMMAND_FEED, NULL, bytes, length_bytes));
+	if (command)
+		command->store = store;
+	if (store < STORES_MAX)
+		return post(engine, command);
+	free(command);
+	return -EINVAL;
 }
 
-int mp_engine_link(struct mp_engine *engine, uint32_t replica, int up)
+int mp_engine_feed_fetch(struct mp_engine *engine, uint32_t store, const void *bytes,
+			 uint64_t length_bytes)
+{
+	return post_to_store(engine, store, command_new(COMMAND_FEED, NULL, bytes, length_bytes));
+}
+
+int mp_engine_link(struct mp_engine *engine, uint32_t store, int up)
 {
 	struct command *command = command_new(COMMAND_LINK, NULL, NULL, 0);
 
-	(void)replica;
-	if (!command)
-		return -ENOMEM;
-	command->flag = up;
-	return post(engine, command);
+	if (command)
+		command->flag = up;
+	return post_to_store(engine, store, command);
 }
 
 void mp_engine_request_stop(struct mp_engine *engine)

@@ -23,31 +23,35 @@ int64_t mp_engine_take_batch(struct mp_engine *engine, const uint8_t *id, void *
 	return (int64_t)take;
 }
 
-int64_t mp_engine_take_fetch(struct mp_engine *engine, uint32_t replica, void *out,
+int64_t mp_engine_take_fetch(struct mp_engine *engine, uint32_t store, void *out,
 			     uint64_t capacity_bytes)
 {
+	struct store_link *link = store < STORES_MAX ? &engine->stores[store] : NULL;
 	uint64_t take;
 
-	(void)replica;
+	if (!link)
+		return -EINVAL;
 	pthread_mutex_lock(&engine->mutex);
-	take = engine->outgoing_end - engine->outgoing_begin;
+	take = link->outgoing_end - link->outgoing_begin;
 	take = take < capacity_bytes ? take : capacity_bytes;
 	if (take)
-		memcpy(out, engine->outgoing + engine->outgoing_begin, take);
-	engine->outgoing_begin += take;
-	if (engine->outgoing_begin == engine->outgoing_end)
-		engine->outgoing_begin = engine->outgoing_end = 0;
+		memcpy(out, link->outgoing + link->outgoing_begin, take);
+	link->outgoing_begin += take;
+	if (link->outgoing_begin == link->outgoing_end)
+		link->outgoing_begin = link->outgoing_end = 0;
 	pthread_mutex_unlock(&engine->mutex);
 	return (int64_t)take;
 }
 
-int mp_engine_fetch_pending(struct mp_engine *engine, uint32_t replica)
+int mp_engine_fetch_pending(struct mp_engine *engine, uint32_t store)
 {
 	int pending;
 
-	(void)replica;
+	if (store >= STORES_MAX)
+		return -EINVAL;
 	pthread_mutex_lock(&engine->mutex);
-	pending = engine->outgoing_begin != engine->outgoing_end;
+	pending = engine->stores[store].outgoing_begin !=
+		  engine->stores[store].outgoing_end;
 	pthread_mutex_unlock(&engine->mutex);
 	return pending;
 }

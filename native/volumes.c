@@ -157,6 +157,7 @@ static void opened(struct volume *volume, const struct command *command)
 	volume->size_bytes = command->size_bytes;
 	volume->epoch = command->epoch;
 	volume->lineage = command->lineage;
+	volume->store = command->store;
 	volume->open = true;
 	volume->dirty_asked = volume->dirty_ready_told = false;
 	/* Dirty records of an earlier life do not prove that it is on record: they may be ones that
