@@ -19,10 +19,11 @@ from millpond.cache.device import open_engine
 from millpond.cache.errors import CacheError, escaped
 from millpond.cache.events import EngineEvents
 from millpond.cache.links import Identity
-from millpond.cache.replicas import ReplicaSet, StoreNode, VolumeRecord
+from millpond.cache.replicas import StoreNode
 from millpond.cache.serving import CacheExports
 from millpond.cache.settings import VolumeSettings
 from millpond.cache.shaping import Admission, RateLimits
+from millpond.cache.stores import Found, Stores
 from millpond.cache.tasks import Backoff, Tasks
 from millpond.cache.volumes import Volume, World
 from millpond.native.engine import (
@@ -71,14 +72,15 @@ class CacheDaemon:
         self.tasks = Tasks(lambda error: self._fail(f"{type(error).__name__}: {error}"))
         self.host = Admission(config.host_rates)
         identity = Identity(engine.cache_id, config.name)
-        self.nodes = tuple(
-            StoreNode(address, index=index, engine=engine, identity=identity)
-            for index, address in enumerate(config.stores)
+        self.stores = Stores(
+            [
+                StoreNode(address, index=index, engine=engine, identity=identity)
+                for index, address in enumerate(config.stores)
+            ]
         )
-        ReplicaSet(self.nodes)  # refuses what this version cannot keep
         self.volumes: dict[bytes, Volume] = {}
         self.exports = CacheExports(
-            self.nodes[0], self._volume_for, self.tasks, read_only=config.read_only
+            self.stores, self._volume_for, self.tasks, read_only=config.read_only
         )
         self._connections: dict[int, Volume] = {}
         self._notify_fd: int | None = None
@@ -91,6 +93,7 @@ class CacheDaemon:
             volume_rates=config.volume_rates,
             read_only=config.read_only,
             connected=self._connected,
+            stores=self.stores,
         )
         self._listen()
 
@@ -122,7 +125,8 @@ class CacheDaemon:
             if status.has_undestaged:
                 volume = self._volume(status.id)
                 self.tasks.spawn(volume.resume(), f"resume-{status.id.hex()}")
-        self.tasks.spawn(self._give_back_leftovers(), "give-back-leftovers")
+        for node in self.nodes:
+            self.tasks.spawn(self._give_back_leftovers(node), f"give-back-leftovers-{node.index}")
 
     def pump(self) -> None:
         """The engine has events or frames for us; an exception in here is ours and ends us."""
@@ -135,6 +139,11 @@ class CacheDaemon:
         except Exception as error:
             log.exception("event pump died")
             self._fail(f"{type(error).__name__}: {error}")
+
+    @property
+    def nodes(self) -> tuple[StoreNode, ...]:
+        """The stores, by index."""
+        return self.stores.nodes
 
     @property
     def connection_count(self) -> int:
@@ -188,34 +197,38 @@ class CacheDaemon:
     def _volume(self, volume_id: bytes) -> Volume:
         volume = self.volumes.get(volume_id)
         if volume is None:
-            volume = Volume(volume_id, ReplicaSet(self.nodes), self._world)
+            volume = Volume(volume_id, self._world)
             self.volumes[volume_id] = volume
         return volume
 
-    def _volume_for(self, record: VolumeRecord) -> Volume:
-        volume = self._volume(record.volume_id)
-        if volume.record is None:
-            volume.record = record
+    def _volume_for(self, found: Found) -> Volume:
+        volume = self._volume(found.record.volume_id)
+        volume.lives(found)
         return volume
 
     def _connected(self, cookie: int, volume: Volume) -> None:
         self._connections[cookie] = volume
 
-    async def _give_back_leftovers(self) -> None:
-        """Volumes that a crash left open at the store, without anything of ours to ship."""
+    async def _give_back_leftovers(self, node: StoreNode) -> None:
+        """Volumes that a crash left open at a store, without anything of ours to ship."""
         backoff = Backoff()
         while True:
             try:
-                records = await self.exports.learn()
+                records = await node.list()
                 break
             except CacheError as error:
                 if backoff.is_first:
-                    log.warning("waiting for the store reason=%s", escaped(str(error)))
+                    log.warning(
+                        "waiting for a store store=%s reason=%s",
+                        escaped(node.address),
+                        escaped(str(error)),
+                    )
                 await backoff.wait()
         ours = self.engine.cache_id.hex()
         for record in records:
             if record.open_holder == ours:
-                await self._volume_for(record).give_back_leftover(record)
+                volume = self._volume_for(Found(record, node))
+                await volume.give_back_leftover(record)
 
     # -- news from the engine
 
@@ -234,8 +247,7 @@ class CacheDaemon:
         self.events.on(EngineFailed, lambda event: self._fail(f"engine: {event.message}"))
 
     def _on_link_broken(self, event: LinkBroken) -> None:
-        for node in self.nodes:
-            node.fetch.broken(event.message)
+        self.nodes[event.cookie].fetch.broken(event.message)
 
     def _on_connection_closed(self, event: ConnectionClosed) -> None:
         volume = self._connections.pop(event.cookie, None)

@@ -23,29 +23,29 @@ class FetchStream(Stream):
 
     role = "fetch"
 
-    def __init__(self, address: str, identity: Identity, *, engine: Engine, replica: int) -> None:
+    def __init__(self, address: str, identity: Identity, *, engine: Engine, store: int) -> None:
         super().__init__(address, identity)
         self.protocol_errors = 0
         self.sent_bytes = 0
         self.received_bytes = 0
         self._engine = engine
-        self._replica = replica
+        self._store = store
         self._draining: asyncio.Task[None] | None = None
 
     def up(self) -> None:
-        self._engine.link(self._replica, up=True)  # its frames come with the next notification
+        self._engine.link(self._store, up=True)  # its frames come with the next notification
 
     def down(self, reason: str) -> None:
         if self._draining is not None:
             self._draining.cancel()
             self._draining = None
-        self._engine.link(self._replica, up=False)
+        self._engine.link(self._store, up=False)
 
     def received(self, data: memoryview) -> None:
         self.received_bytes += len(data)
         if self._link is None:
             return  # given up already: the engine must not see bytes of two connections
-        if not self._engine.feed_fetch(self._replica, data):
+        if not self._engine.feed_fetch(self._store, data):
             raise ProtocolError(f"the store at {self.address} sent a malformed READ_REPLY")
 
     def broken(self, reason: str) -> None:
@@ -58,11 +58,11 @@ class FetchStream(Stream):
         link = self._link
         if link is None or self._draining is not None:
             return
-        while self._engine.fetch_pending(self._replica):
+        while self._engine.fetch_pending(self._store):
             if not link.writable:
                 self._draining = asyncio.get_running_loop().create_task(self._resume(link))
                 return
-            frames = self._engine.take_fetch(self._replica)
+            frames = self._engine.take_fetch(self._store)
             if not frames:
                 return
             self.sent_bytes += len(frames)

@@ -39,6 +39,9 @@ ENGINE_BUSY_FIRST_S = 0.002
 ENGINE_BUSY_MAX_S = 0.1
 BATCHES_IN_FLIGHT_MAX = 8  # per store: at most 8 batches of 4 MiB wait in sockets
 CORRUPT_RETRIES_MAX = 5
+STORES_MAX = 64  # per cache; as core_limits.h
+# One store has the volume: how long another one may keep us waiting for its no.
+STORES_GRACE_S = 1.0
 BATCH_REPLY_MAX_BYTES = 4096  # a reply has 48 bytes, an ERROR frame one line
 
 # Volumes.

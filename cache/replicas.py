@@ -60,7 +60,7 @@ class StoreNode:
         self.address = address
         self.index = index
         self.control = ControlLink(address, identity)
-        self.fetch = FetchStream(address, identity, engine=engine, replica=index)
+        self.fetch = FetchStream(address, identity, engine=engine, store=index)
         self.destage = DestageStream(address, identity)
 
     async def find(
@@ -92,8 +92,18 @@ class ReplicaSet:
 
     def __init__(self, members: Sequence[StoreNode]) -> None:
         if len(members) != 1:
-            raise CacheError("one store per volume in this version; give exactly one --store")
+            raise CacheError("one store per volume in this version")
         self.in_sync = tuple(members)
+
+    @property
+    def fetch_store(self) -> int:
+        """Whose fetch stream carries the misses."""
+        return self.in_sync[0].index
+
+    @property
+    def addresses(self) -> list[str]:
+        """For people."""
+        return [member.address for member in self.in_sync]
 
     @property
     def destage(self) -> tuple[DestageStream, ...]:

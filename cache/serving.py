@@ -1,4 +1,4 @@
-"""The cache's exports: every volume of the store, opened by the first client that wants it.
+"""The cache's exports: every volume of every store, opened by the first client that wants it.
 
 Implements the protocols of exports.py for nbd/.
 
@@ -20,7 +20,8 @@ from millpond.cache.errors import (
     escaped,
 )
 from millpond.cache.exports import Export, ExportError
-from millpond.cache.replicas import StoreNode, VolumeRecord
+from millpond.cache.replicas import VolumeRecord
+from millpond.cache.stores import Found, Stores
 from millpond.cache.tasks import Tasks
 from millpond.cache.volumes import Volume
 from millpond.native.engine import NativeError
@@ -33,38 +34,38 @@ class CacheExports:
 
     def __init__(
         self,
-        node: StoreNode,
-        volume_for: Callable[[VolumeRecord], Volume],
+        stores: Stores,
+        volume_for: Callable[[Found], Volume],
         tasks: Tasks,
         *,
         read_only: bool,
     ) -> None:
         self.closing = False
-        self._node = node
+        self._stores = stores
         self._volume_for = volume_for
         self._tasks = tasks
         self._read_only = read_only
-        self._names: list[str] = []
         self._refreshing = False
 
     def names(self) -> list[str]:
-        """As last heard from the store; asking refreshes it for the next one."""
+        """As last heard from the stores; asking refreshes it for the next one."""
         if not self._refreshing and not self._tasks.closing:
             self._refreshing = True
             self._tasks.spawn(self._refresh(), "refresh-exports")
-        return list(self._names)
+        return self._stores.names
 
     async def describe(self, name: str) -> Export:
-        """Look up at the store; "" is the only volume."""
-        return self._export(await self._find(name))
+        """Look up at the stores; "" is the only volume."""
+        return self._export((await self._find(name)).record)
 
     async def open(self, name: str) -> "CacheOpenExport":
         """Attach to the volume; the first client opens it at the store."""
         if self.closing:
             raise ExportError("shutdown", "this cache is shutting down")
-        record = await self._find(name)
-        volume = self._volume_for(record)
+        found = await self._find(name)
+        record = found.record
         try:
+            volume = self._volume_for(found)
             async with asyncio.timeout(limits.OPEN_WAIT_S):
                 record = await volume.attach()
         except TimeoutError:
@@ -75,15 +76,9 @@ class CacheExports:
             raise _export_error(error, record.name) from None
         return CacheOpenExport(self._export(record), volume)
 
-    async def learn(self) -> list[VolumeRecord]:
-        """All volumes of the store; their names become the exports."""
-        records = await self._node.list()
-        self._names = sorted(record.name for record in records)
-        return records
-
     async def _refresh(self) -> None:
         try:
-            await self.learn()
+            await self._stores.list()
         except CacheError as error:
             log.debug("exports not refreshed reason=%s", escaped(str(error)))
         finally:
@@ -97,18 +92,18 @@ class CacheExports:
             description=f"Millpond volume {record.id}",
         )
 
-    async def _find(self, name: str) -> VolumeRecord:
+    async def _find(self, name: str) -> Found:
         try:
             if name:
-                return await self._node.find(name=name)
-            records = await self.learn()
+                return await self._stores.find(name)
+            every = await self._stores.list()
         except CacheError as error:
             raise _export_error(error, name) from None
-        if len(records) != 1:
+        if len(every) != 1:
             raise ExportError(
-                "unknown", f"the store has {len(records)} volumes; ask for one of them by name"
+                "unknown", f"there are {len(every)} volumes; ask for one of them by name"
             )
-        return records[0]
+        return every[0]
 
 
 class CacheOpenExport:

@@ -73,6 +73,7 @@ def _volume(volume_id: bytes, volume: Volume | None, status: VolumeStatus | None
     answer: dict[str, Any] = {
         "id": volume_id.hex(),
         "name": record.name if record is not None else None,
+        "stores": volume.store_addresses if volume is not None else [],
         "state": str(volume.state if volume is not None else State.CLOSED),
         "problem": (volume.problem if volume is not None else "") or None,
         "destage_problem": (destage.problem if destage is not None else "") or None,

@@ -38,6 +38,7 @@ from millpond.cache.events import EngineEvents
 from millpond.cache.positions import check_still_ours, first_sequence_of, slots_are_valid
 from millpond.cache.replicas import ReplicaSet, VolumeRecord
 from millpond.cache.shaping import Admission, RateLimits, Shaper
+from millpond.cache.stores import Found, Stores
 from millpond.cache.tasks import Backoff, Tasks
 from millpond.native.engine import Closed, DirtyClear, Engine, NativeError, Opened
 
@@ -65,6 +66,7 @@ class World:
     volume_rates: RateLimits
     read_only: bool
     connected: Callable[[int, "Volume"], None]
+    stores: Stores
 
     @property
     def cache_id(self) -> bytes:
@@ -85,7 +87,7 @@ class Opening:
 class Volume:
     """One volume, from the first client until it is given back.  Event loop only."""
 
-    def __init__(self, volume_id: bytes, replicas: ReplicaSet, world: World) -> None:
+    def __init__(self, volume_id: bytes, world: World) -> None:
         self.id = volume_id
         self.state = State.CLOSED
         self.problem = ""
@@ -94,7 +96,7 @@ class Volume:
         self.dirty_recorded = False
         self.destage: VolumeDestage | None = None
         self.shaper = Shaper(Admission(world.volume_rates), world.host)
-        self._replicas = replicas
+        self._place: ReplicaSet | None = None
         self._world = world
         self._lock = asyncio.Lock()
         self._users = 0  # handshakes under way: attached, not handed over yet
@@ -112,6 +114,28 @@ class Volume:
     def label(self) -> str:
         """For logs: the name when we know it."""
         return escaped(self.record.name if self.record is not None else self.id.hex())
+
+    @property
+    def store_addresses(self) -> list[str]:
+        """Where it lives, as far as we know."""
+        return self._place.addresses if self._place is not None else []
+
+    def lives(self, found: Found) -> None:
+        """It was found at a store.  VolumeRefused: it is open, at another one."""
+        if self.record is None:
+            self.record = found.record
+        if self._place is None or self.state is State.CLOSED:
+            self._place = found.replicas
+        elif self._place.addresses != found.replicas.addresses:
+            raise VolumeRefused(
+                f"the volume is open at the store {escaped(self._place.addresses[0])}, and"
+                f" {escaped(found.node.address)} has one with the same id: one is a copy"
+            )
+
+    @property
+    def _replicas(self) -> ReplicaSet:
+        assert self._place is not None, "opening begins with the place"
+        return self._place
 
     # -- clients
 
@@ -291,6 +315,8 @@ class Volume:
     async def _open_at_stores(self) -> Opening:
         """Compare-and-swap epoch + 1, after making sure that the newest writes are known."""
         cache_id = self._world.cache_id
+        if self._place is None:
+            self.lives(await self._world.stores.find_id(self.id))
         for _ in range(limits.OPEN_RACES_MAX):
             before = self.record = await self._replicas.show(self.id)
             known = find_volume(self._world.engine, self.id)
@@ -348,6 +374,7 @@ class Volume:
                     applied_sequence=record.applied_sequence,
                     keep_slots=opening.keep_slots,
                     cookie=cookie,
+                    store=self._replicas.fetch_store,
                 ),
             )
         except NativeError as error:

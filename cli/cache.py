@@ -1,4 +1,4 @@
-"""`millpond cache`: format a cache device, and serve the volumes of a store from it."""
+"""`millpond cache`: format a cache device, and serve the volumes of stores from it."""
 
 from typing import Annotated
 
@@ -67,7 +67,7 @@ def format_device(
 def serve(
     device: Annotated[str, typer.Argument(help="a formatted cache device", metavar="DEVICE")],
     store: Annotated[
-        list[str], typer.Option("--store", envvar="MILLPOND_STORE", help="address of the store")
+        list[str], typer.Option("--store", envvar="MILLPOND_STORE", help="address; repeatable")
     ],
     nbd: Annotated[str, typer.Option("--nbd", help="unix socket for guests")],
     control: Annotated[
@@ -82,7 +82,7 @@ def serve(
     read_only: Annotated[bool, typer.Option("--read-only", help="guests may not write")] = False,
     name: Annotated[str, typer.Option("--name", help="of this cache, in logs")] = "cache",
 ) -> None:
-    """Serve every volume of a store over NBD until SIGTERM or SIGINT."""
+    """Serve every volume of one or several stores over NBD until SIGTERM or SIGINT."""
     rates = parse_rates(average_rate, peak_rate)
     log_to_stderr()
     config = CacheConfig(stores=tuple(store), host_rates=rates, name=name, read_only=read_only)

@@ -371,7 +371,7 @@ struct rescue {
 	uint64_t serial;              /* of the checkpoint that makes it final */
 };
 
-/* The fetch stream of one store.  Those of others neither wait for it nor walk over what it owes. */
+/* The fetch stream of one store: others neither wait for it nor walk over what it owes. */
 struct store_link {
 	struct link fetches;
 	bool up;
