@@ -2,11 +2,16 @@
 
     {"op": "status"}            -> {"ok": true, ...}     see status.py
     {"op": "volumes"}           -> {"ok": true, "volumes": [...]}
+    {"op": "flush", "volume": NAME or id, "now": bool}
+                                -> {"ok": true, "id": ..., "destaged_sequence": ..., "target": ...}
+                                   shipping hurries; the asker watches "volumes"
     {"op": "stop"}              -> {"ok": true}, then the daemon stops
     anything else               -> {"ok": false, "code": "E_INVALID", "message": one line}
 
 Rules: permission of the socket file is the authentication (0660).  Lines, connections and idle
 time are bounded.  A call never changes what a guest sees, except stop.
+Refusals carry E_NOT_FOUND, E_BUSY, E_UNREACHABLE or E_FAILED, and become the same exception again
+at the client's end.
 Failure modes: a malformed line is answered and the connection goes on; too long a line ends it.
 """
 
@@ -19,20 +24,37 @@ from typing import Any
 import msgspec
 
 from millpond.cache import limits
-from millpond.cache.errors import CacheAway, CacheError, escaped
+from millpond.cache.errors import (
+    CacheAway,
+    CacheError,
+    StoreAway,
+    VolumeBusy,
+    VolumeUnknown,
+    escaped,
+)
 from millpond.cache.tasks import Tasks
 from millpond.store.errors import StoreError
 from millpond.store.unixsocket import SOCKET_MODE, SocketFile, bind_unix
 
 log = logging.getLogger("millpond.cache")
 
-Handler = Callable[[], Awaitable[dict[str, Any]]]
-
 
 class Request(msgspec.Struct, frozen=True):
     """One line; what an operation does not know is ignored (it is from the future)."""
 
     op: str
+    volume: str = ""
+    now: bool = False
+
+
+Handler = Callable[[Request], Awaitable[dict[str, Any]]]
+# The first that fits names the refusal.
+CODES: tuple[tuple[str, type[CacheError]], ...] = (
+    ("E_NOT_FOUND", VolumeUnknown),
+    ("E_BUSY", VolumeBusy),
+    ("E_UNREACHABLE", StoreAway),
+    ("E_FAILED", CacheError),
+)
 
 
 class ControlServer:
@@ -97,22 +119,23 @@ class ControlServer:
             known = ", ".join(sorted(self._handlers))
             return _refusal("E_INVALID", f"unknown op {escaped(request.op)}; known: {known}")
         try:
-            return {"ok": True, **await handler()}
+            return {"ok": True, **await handler(request)}
         except CacheError as error:
-            return _refusal("E_FAILED", str(error))
+            code = next(code for code, kind in CODES if isinstance(error, kind))
+            return _refusal(code, str(error))
 
 
 def _refusal(code: str, message: str) -> dict[str, Any]:
     return {"ok": False, "code": code, "message": message}
 
 
-async def call(path: str, op: str, *, timeout_s: float = 10.0) -> dict[str, Any]:
+async def call(path: str, op: str, *, timeout_s: float = 10.0, **arguments: Any) -> dict[str, Any]:
     """The client's end: one operation, its answer without `ok`.  CacheError with one line."""
     try:
         async with asyncio.timeout(timeout_s):
             reader, writer = await asyncio.open_unix_connection(path, limit=64 * limits.MIB)
             try:
-                writer.write(msgspec.json.encode({"op": op}) + b"\n")
+                writer.write(msgspec.json.encode({"op": op, **arguments}) + b"\n")
                 line = await reader.readline()
             finally:
                 writer.close()
@@ -123,5 +146,6 @@ async def call(path: str, op: str, *, timeout_s: float = 10.0) -> dict[str, Any]
         )
         raise CacheAway(f"no cache answers at {escaped(path)}: {reason}") from None
     if not reply.pop("ok", False):
-        raise CacheError(str(reply.get("message", "refused")))
+        kind = dict(CODES).get(str(reply.get("code")), CacheError)
+        raise kind(str(reply.get("message", "refused")))
     return reply

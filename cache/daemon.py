@@ -206,6 +206,13 @@ class CacheDaemon:
         volume.lives(found)
         return volume
 
+    async def find(self, name: str) -> Volume:
+        """A volume in use here, by name or id; another one that a store has is not dirty here."""
+        for volume in self.volumes.values():
+            if name in (volume.id.hex(), volume.record.name if volume.record else ""):
+                return volume
+        return self._volume_for(await self.exports.look_up(name))
+
     def _connected(self, cookie: int, volume: Volume) -> None:
         self._connections[cookie] = volume
 

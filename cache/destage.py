@@ -224,6 +224,8 @@ class VolumeDestage:
         self._on_drained = on_drained
         self._ready = asyncio.Event()
         self._hurry = asyncio.Event()
+        self._leaving = False
+        self._hurry_until = 0
 
     def ready(self) -> None:
         """There is something to ship (again)."""
@@ -246,6 +248,14 @@ class VolumeDestage:
 
     def hurry(self) -> None:
         """The volume is to be given back: do not wait for company any more."""
+        self._leaving = True
+        self._hurry.set()
+        self._ready.set()
+
+    def hurry_until(self, sequence: int, *, ignore_rates: bool) -> None:
+        """An operator waits for this sequence: no waiting for company until it is shipped."""
+        self._hurry_until = max(self._hurry_until, sequence)
+        self._shaper.ignored = self._shaper.ignored or ignore_rates
         self._hurry.set()
         self._ready.set()
 
@@ -327,6 +337,10 @@ class VolumeDestage:
                 f" but stands at {behind}"
             )
         self._engine.destaged(self._id, batch.last_sequence)
+        if batch.last_sequence >= self._hurry_until:
+            self._shaper.ignored = False
+            if not self._leaving:
+                self._hurry.clear()
         self.problem = ""
         self.batches += 1
         return True

@@ -19,13 +19,14 @@ from millpond.native.engine import (
     EngineFailed,
     Event,
     Opened,
+    Position,
     Stopped,
 )
 
 E = TypeVar("E", bound=Event)
 Key = tuple[type[Event], int | bytes]
 
-_BY_COOKIE = (Opened, Closed, Batch)
+_BY_COOKIE = (Opened, Closed, Batch, Position)
 
 
 def _key(event: Event) -> Key:

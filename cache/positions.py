@@ -24,9 +24,11 @@ def check_still_ours(record: VolumeRecord, known: VolumeStatus | None, cache_id:
                 " does not know the volume; was the device replaced?"
             )
         return
-    if record.size_bytes != known.size_bytes:
+    # A volume may have grown since, and shrunk when there was nothing left to ship.
+    if known.has_undestaged and record.size_bytes < known.size_bytes:
         raise VolumeRefused(
-            f"the store says {record.size_bytes} bytes, this device {known.size_bytes}"
+            f"the store says {record.size_bytes} bytes, this device {known.size_bytes} and has"
+            " writes that were not shipped"
         )
     if record.epoch < known.epoch or record.applied_sequence < known.destaged_sequence:
         raise VolumeRefused(

@@ -76,6 +76,10 @@ class CacheExports:
             raise _export_error(error, record.name) from None
         return CacheOpenExport(self._export(record), volume)
 
+    async def look_up(self, name: str) -> Found:
+        """A volume by name, on whichever store has it; CacheError."""
+        return await self._stores.find(name)
+
     async def _refresh(self) -> None:
         try:
             await self._stores.list()

@@ -7,7 +7,7 @@ waits for the engine; the store's counters are asked for with a short limit.
 from collections.abc import Callable
 from typing import Any
 
-from millpond.cache.control import Handler
+from millpond.cache.control import Handler, Request
 from millpond.cache.daemon import CacheDaemon
 from millpond.cache.replicas import StoreNode, store_status
 from millpond.cache.shaping import Admission
@@ -23,17 +23,26 @@ def hit_rate(hits: int, misses: int) -> float | None:
 def handlers_of(daemon: CacheDaemon, ask_to_stop: Callable[[], None]) -> dict[str, Handler]:
     """The operations of the control socket."""
 
-    async def status() -> dict[str, Any]:
+    async def status(request: Request) -> dict[str, Any]:
         return await status_of(daemon)
 
-    async def volumes() -> dict[str, Any]:
+    async def volumes(request: Request) -> dict[str, Any]:
         return {"volumes": volumes_of(daemon)}
 
-    async def stop() -> dict[str, Any]:
+    async def flush(request: Request) -> dict[str, Any]:
+        volume = await daemon.find(request.volume)
+        position = await volume.flush(ignore_rates=request.now)
+        return {
+            "id": volume.id.hex(),
+            "destaged_sequence": position.first_sequence,
+            "target": position.last_sequence,
+        }
+
+    async def stop(request: Request) -> dict[str, Any]:
         ask_to_stop()
         return {}
 
-    return {"status": status, "volumes": volumes, "stop": stop}
+    return {"status": status, "volumes": volumes, "flush": flush, "stop": stop}
 
 
 async def status_of(daemon: CacheDaemon) -> dict[str, Any]:

@@ -23,6 +23,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 
+import msgspec
+
 from millpond.cache import limits
 from millpond.cache.chance import Chance
 from millpond.cache.destage import VolumeDestage, find_volume
@@ -40,7 +42,14 @@ from millpond.cache.replicas import ReplicaSet, VolumeRecord
 from millpond.cache.shaping import Admission, RateLimits, Shaper
 from millpond.cache.stores import Found, Stores
 from millpond.cache.tasks import Backoff, Tasks
-from millpond.native.engine import Closed, DirtyClear, Engine, NativeError, Opened
+from millpond.native.engine import (
+    Closed,
+    DirtyClear,
+    Engine,
+    NativeError,
+    Opened,
+    Position,
+)
 
 log = logging.getLogger("millpond.cache")
 
@@ -102,6 +111,7 @@ class Volume:
         self._users = 0  # handshakes under way: attached, not handed over yet
         self._drained = True
         self._stopping = False
+        self._engine_bytes = 0  # the size that the engine serves
         self._idle_timer: asyncio.TimerHandle | None = None
         self._destage_task: asyncio.Task[None] | None = None
         self._closed_epoch: int | None = (
@@ -122,8 +132,6 @@ class Volume:
 
     def lives(self, found: Found) -> None:
         """It was found at a store.  VolumeRefused: it is open, at another one."""
-        if self.record is None:
-            self.record = found.record
         if self._place is None or self.state is State.CLOSED:
             self._place = found.replicas
         elif self._place.addresses != found.replicas.addresses:
@@ -131,6 +139,7 @@ class Volume:
                 f"the volume is open at the store {escaped(self._place.addresses[0])}, and"
                 f" {escaped(found.node.address)} has one with the same id: one is a copy"
             )
+        self._learn(found.record)
 
     @property
     def _replicas(self) -> ReplicaSet:
@@ -151,9 +160,31 @@ class Volume:
         if self.state is not State.OPEN:
             raise VolumeRefused(self.problem or "the volume is being given back; try again")
         assert self.record is not None
+        self._grow(self.record.size_bytes)
         self._users += 1
         self._cancel_idle()
         return self.record
+
+    def _learn(self, found: VolumeRecord) -> None:
+        """What the store says about it now: a new name, a larger size."""
+        if self.record is None:
+            self.record = found
+            return
+        size_bytes = max(found.size_bytes, self.record.size_bytes)
+        if self.state is State.CLOSED:
+            size_bytes = found.size_bytes
+        self.record = msgspec.structs.replace(self.record, name=found.name, size_bytes=size_bytes)
+
+    def _grow(self, size_bytes: int) -> None:
+        """The store's record grew before: from the next connection on the engine serves it all.
+
+        Commands take effect in order, so a client that is handed over after this is served.
+        """
+        assert size_bytes >= self._engine_bytes, "a volume shrinks only while it is closed"
+        if size_bytes > self._engine_bytes:
+            self._world.engine.grow_volume(self.id, size_bytes=size_bytes)
+            log.info("volume grown volume=%s size=%d", self.label, size_bytes)
+            self._engine_bytes = size_bytes
 
     def detach(self) -> None:
         """The client of an attach was handed over, or went away."""
@@ -222,6 +253,19 @@ class Volume:
     def _is_drained(self) -> None:
         self._drained = True
         self._arm_idle()
+
+    async def flush(self, *, ignore_rates: bool) -> Position:
+        """Ship all that was acknowledged by now, without waiting for company; the goal.
+
+        Whoever asked watches destaged_sequence: it may take as long as the rates make it.
+        """
+        cookie = self._world.events.new_cookie()
+        position = await self._world.events.ask(
+            Position, cookie, lambda: self._world.engine.position(self.id, cookie=cookie)
+        )
+        if self.destage is not None and position.last_sequence > position.first_sequence:
+            self.destage.hurry_until(position.last_sequence, ignore_rates=ignore_rates)
+        return position
 
     # -- start and stop of the daemon
 
@@ -306,6 +350,7 @@ class Volume:
             raise VolumeRefused(refusal)
         self.state = State.OPEN
         self.problem = ""
+        self._engine_bytes = opening.record.size_bytes
         self._not_open.clear()
         self._drained = not opening.undestaged
         self._start_destage(opening.record.name)

@@ -17,6 +17,7 @@ from millpond.cli.foreground import (
 )
 from millpond.cli.output import parse_size, print_json
 from millpond.cli.run import run
+from millpond.cli.status import cache_list, cache_status
 
 app = typer.Typer(
     name="cache",
@@ -28,6 +29,8 @@ app = typer.Typer(
 
 def register(parent: typer.Typer) -> None:
     """Add the noun to the command tree."""
+    app.command("list")(cache_list)
+    app.command("status")(cache_status)
     parent.add_typer(app)
 
 

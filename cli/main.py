@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from millpond.cli import cache, status, store, up, volume
+from millpond.cli import cache, flush, status, store, up, volume
 from millpond.cli.run import FAILED, USAGE, CommandError, complain
 from millpond.store.daemon import own_version
 from millpond.store.errors import StoreError
@@ -22,6 +22,7 @@ MODULES = (
     store,
     cache,
     status,
+    flush,
 )
 
 # typer vendors or imports click depending on its version; its one public usage error leads there.

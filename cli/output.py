@@ -44,6 +44,18 @@ def parse_size(text: str) -> int:
     return int(numerator // 10 ** len(fraction))
 
 
+DURATIONS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+DURATION = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(ms|s|min|m|h|d)\s*", re.IGNORECASE)
+
+
+def parse_duration_s(text: str) -> float:
+    """Seconds in '30s', '500ms', '5min' (or '5m'), '2h', '1d'."""
+    match = DURATION.fullmatch(text)
+    if match is None:
+        raise CommandError(f"{text!r} is no duration; write it like 30s", exit_code=USAGE)
+    return float(match[1]) * DURATIONS_S[match[2].lower()]
+
+
 def format_size(size_bytes: int) -> str:
     """A size for people, binary units: 0, 4K, 1.5G, 20G."""
     value, unit = float(size_bytes), ""
@@ -58,6 +70,11 @@ def print_json(value: Any) -> None:
     """One JSON document, indented: stable for programs, readable for people."""
     text = msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
     sys.stdout.write(text + "\n")
+
+
+def note(text: str) -> None:
+    """A remark for people: stdout is for data."""
+    print(f"millpond: {one_line(text)}", file=sys.stderr)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -1,4 +1,4 @@
-"""`millpond status`: what a running cache says about itself."""
+"""What a running cache says about itself: `millpond status`, `cache status`, `cache list`."""
 
 import os
 from typing import Annotated, Any
@@ -16,29 +16,77 @@ def register(parent: typer.Typer) -> None:
     parent.command("status")(status)
 
 
+CacheDirOption = Annotated[
+    str | None, typer.Option("--dir", help="of a `millpond up`", metavar="DIR")
+]
+ControlOption = Annotated[
+    str | None,
+    typer.Option(
+        "--control",
+        envvar="MILLPOND_CONTROL",
+        help="control socket of a cache",
+        metavar="SOCKET",
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="JSON instead of tables")]
+
+
+def control_path(directory: str | None, control: str | None) -> str:
+    """The control socket that the options (or the environment) name; --dir wins."""
+    if directory is not None:
+        return os.path.join(directory, "control.sock")
+    if control is None:
+        raise CommandError(
+            "which cache? give --control SOCKET or --dir DIR, or set MILLPOND_CONTROL",
+            exit_code=USAGE,
+        )
+    return control
+
+
+def ask(directory: str | None, control: str | None, op: str) -> dict[str, Any]:
+    """One question to a running cache."""
+    path = control_path(directory, control)
+    with expected_errors():
+        return run(call(path, op))
+
+
 def status(
-    directory: Annotated[
-        str | None, typer.Option("--dir", help="of a `millpond up`", metavar="DIR")
-    ] = None,
-    control: Annotated[
-        str | None, typer.Option("--control", help="control socket of a cache", metavar="SOCKET")
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="JSON instead of tables")] = False,
+    directory: CacheDirOption = None, control: ControlOption = None, json: JsonOption = False
 ) -> None:
     """Show counters, volumes, links and errors of a running cache."""
-    if (directory is None) == (control is None):
-        raise CommandError("give either --dir DIR or --control SOCKET", exit_code=USAGE)
-    path = control if control is not None else os.path.join(directory or "", "control.sock")
-    with expected_errors():
-        answer = run(call(path, "status"))
+    answer = ask(directory, control, "status")
     if json:
         print_json(answer)
+        return
+    show_cache(answer)
+    show_volumes(answer["volumes"])
+
+
+def cache_status(
+    directory: CacheDirOption = None, control: ControlOption = None, json: JsonOption = False
+) -> None:
+    """Show one running cache: its log, slots, rates, stores and errors."""
+    answer = ask(directory, control, "status")
+    if json:
+        del answer["volumes"]
+        print_json(answer)
     else:
-        show(answer)
+        show_cache(answer)
 
 
-def show(answer: dict[str, Any]) -> None:
-    """For people."""
+def cache_list(
+    directory: CacheDirOption = None, control: ControlOption = None, json: JsonOption = False
+) -> None:
+    """List the volumes that a running cache serves or remembers."""
+    volumes = ask(directory, control, "volumes")["volumes"]
+    if json:
+        print_json(volumes)
+    else:
+        show_volumes(volumes)
+
+
+def show_cache(answer: dict[str, Any]) -> None:
+    """The cache, for people."""
     engine, shaping, errors = answer["engine"], answer["shaping"], answer["checksum_errors"]
     print_fields(
         {
@@ -55,9 +103,13 @@ def show(answer: dict[str, Any]) -> None:
     for store in answer["stores"]:
         state = "up" if store["up"] else f"DOWN: {store['problem']}"
         print_fields({"store": f"{store['address']} {state}"})
+
+
+def show_volumes(volumes: list[dict[str, Any]]) -> None:
+    """Its volumes, for people."""
     print_table(
         ("volume", "state", "size", "epoch", "dirty", "oldest", "hits", "clients", "problem"),
-        [volume_row(volume) for volume in answer["volumes"]],
+        [volume_row(volume) for volume in volumes],
     )
 
 

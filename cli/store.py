@@ -1,4 +1,4 @@
-"""`millpond store`: run a storage server."""
+"""`millpond store`: run a storage server, ask one how it is."""
 
 import asyncio
 import logging
@@ -8,11 +8,16 @@ from typing import Annotated
 
 import typer
 
+from millpond.cli.output import format_size, print_fields, print_json
 from millpond.cli.run import run
+from millpond.cli.volume import DirOption, JsonOption, StoreOption, call_store
 from millpond.store.daemon import StoreDaemon
 
 app = typer.Typer(
-    name="store", help="Run a storage server.", no_args_is_help=True, rich_markup_mode=None
+    name="store",
+    help="Run a storage server, ask one how it is.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 
 
@@ -46,6 +51,32 @@ def serve(
         _serve(
             directory, listen or [], insecure_listen=insecure_listen, format_when_empty=format_new
         )
+    )
+
+
+@app.command("status")
+def status(
+    store: StoreOption = None, directory: DirOption = None, json: JsonOption = False
+) -> None:
+    """Show the counters of a running store."""
+    answer = call_store(store, directory, lambda client: client.call("status"))["store"]
+    if json:
+        print_json(answer)
+        return
+    print_fields(
+        {
+            "store": answer["store_id"],
+            "directory": answer["directory"],
+            "version": answer["version"],
+            "listening": " ".join(answer["listening"]),
+            "up": f"{answer['uptime_s']:.0f}s",
+            "connections": f"{answer['connections']} of {answer['connections_max']},"
+            f" {answer['refused_connections']} refused",
+            "volumes": str(answer["volumes"]),
+            "live": format_size(answer["live_bytes"]),
+            "batches": str(answer["applied_batches"]),
+            "checksum errors": str(answer["checksum_errors"]),
+        }
     )
 
 

@@ -1,4 +1,4 @@
-"""`millpond volume`: create, list, show, delete, import, export, against one store.
+"""`millpond volume`: create, list, show, resize, rename, delete, import, export, against one store.
 
 The store is named by --store ADDRESS, by --dir DIR (its unix socket, DIR/store.sock), or by the
 environment variable MILLPOND_STORE.
@@ -11,6 +11,7 @@ import typer
 
 from millpond.cli.output import (
     format_size,
+    note,
     parse_size,
     print_fields,
     print_json,
@@ -73,7 +74,7 @@ def create(
                 raise
             return found
 
-    volume = _call(store, directory, work)["volume"]
+    volume = call_store(store, directory, work)["volume"]
     if json:
         print_json(volume)
 
@@ -83,7 +84,7 @@ def list_volumes(
     store: StoreOption = None, directory: DirOption = None, json: JsonOption = False
 ) -> None:
     """List the volumes."""
-    volumes = _call(store, directory, lambda client: client.call("volume.list"))["volumes"]
+    volumes = call_store(store, directory, lambda client: client.call("volume.list"))["volumes"]
     if json:
         print_json(volumes)
         return
@@ -109,7 +110,9 @@ def show(
     json: JsonOption = False,
 ) -> None:
     """Show one volume."""
-    volume = _call(store, directory, lambda client: client.call("volume.show", name=name))["volume"]
+    volume = call_store(store, directory, lambda client: client.call("volume.show", name=name))[
+        "volume"
+    ]
     if json:
         print_json(volume)
         return
@@ -126,6 +129,48 @@ def show(
             "position": f"{volume['applied_sequence']} in lineage {volume['lineage']:016x}",
         }
     )
+
+
+@app.command("resize")
+def resize(
+    name: NameArgument,
+    size: Annotated[str, typer.Argument(help="the new size, like 40GiB", metavar="SIZE")],
+    store: StoreOption = None,
+    directory: DirOption = None,
+    shrink: Annotated[
+        bool, typer.Option("--shrink", help="smaller: what lies behind the new end is destroyed")
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """Make a volume larger, also while a guest uses it; or smaller, while it is closed."""
+    size_bytes = parse_size(size)
+    volume = call_store(
+        store,
+        directory,
+        lambda client: client.call(
+            "volume.resize", name=name, size_bytes=size_bytes, shrink=shrink
+        ),
+    )["volume"]
+    if json:
+        print_json(volume)
+    if volume["open_holder"]:
+        note(f"volume '{name}' is open: a guest sees the new size with its next connection")
+
+
+@app.command("rename")
+def rename(
+    name: NameArgument,
+    new_name: Annotated[str, typer.Argument(help="the new name", metavar="NEW")],
+    store: StoreOption = None,
+    directory: DirOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Give a volume another name, also while it is open; its id stays."""
+    volume = call_store(
+        store, directory, lambda client: client.call("volume.rename", name=name, new_name=new_name)
+    )["volume"]
+    if json:
+        print_json(volume)
 
 
 @app.command("delete")
@@ -147,7 +192,7 @@ def delete(
             if error.code != Code.NOT_FOUND or not missing_ok:
                 raise
 
-    _call(store, directory, work)
+    call_store(store, directory, work)
 
 
 @app.command("import")
@@ -199,7 +244,7 @@ def store_address(store: str | None, directory: str | None) -> str:
     return store
 
 
-def _call(
+def call_store(
     store: str | None, directory: str | None, work: Callable[[StoreClient], Awaitable[T]]
 ) -> T:
     """Connect, work, disconnect."""

@@ -102,6 +102,13 @@ int mp_engine_open_volume(struct mp_engine *engine, const uint8_t *id, uint64_t 
  * MP_EVENT_CLOSED. */
 int mp_engine_close_volume(struct mp_engine *engine, const uint8_t *id, int forget_slots,
 			   uint64_t cookie);
+/* An open volume grows: requests reach as far as size_bytes from here on. The store's record has
+ * grown before, durably; ours is saved with the next checkpoint, and not needed before: every open
+ * names the size. A size that is not larger changes nothing: only a closed volume shrinks. */
+int mp_engine_grow_volume(struct mp_engine *engine, const uint8_t *id, uint64_t size_bytes);
+/* Where a volume stands once every command before this one took effect: MP_EVENT_POSITION with
+ * cookie; last_sequence covers everything acknowledged so far. -ENOENT: not known. */
+int mp_engine_position(struct mp_engine *engine, const uint8_t *id, uint64_t cookie);
 /* Hand over a connection in transmission phase, with bytes already read from it. The engine owns
  * socket from here (on error too). MP_EVENT_CONNECTION_CLOSED with cookie when it is gone; status
  * 1: after NBD_CMD_DISC. */
@@ -136,7 +143,9 @@ int mp_engine_link(struct mp_engine *engine, uint32_t store, int up);
 
 enum mp_event_type { MP_EVENT_OPENED = 1, MP_EVENT_CLOSED, MP_EVENT_CONNECTION_CLOSED,
 	MP_EVENT_NEED_DIRTY, MP_EVENT_DIRTY_CLEAR, MP_EVENT_BATCH, MP_EVENT_DIRTY_READY,
-	MP_EVENT_VOLUME_FAILED, MP_EVENT_ENGINE_FAILED, MP_EVENT_STOPPED, MP_EVENT_LINK_BROKEN };
+	MP_EVENT_VOLUME_FAILED, MP_EVENT_ENGINE_FAILED, MP_EVENT_STOPPED, MP_EVENT_LINK_BROKEN,
+	MP_EVENT_POSITION };
+/* MP_EVENT_POSITION: first_sequence is destaged, last_sequence acknowledged or about to be. */
 /* MP_EVENT_LINK_BROKEN: the fetch stream of store `cookie` is malformed or damaged: drop the
  * connection, link down, connect, link up. */
 /* MP_EVENT_DIRTY_READY: a volume without undestaged records has some now (ask with cut). */

@@ -148,6 +148,11 @@ class LinkBroken(Event):
     """A reply of store `cookie` is malformed: give that connection up and make a new one."""
 
 
+class Position(Event):
+    """Answer to position: first_sequence is destaged, last_sequence covers every acknowledgement;
+    status -ENOENT when the device does not know the volume."""
+
+
 class Stopped(Event):
     """The engine has written its clean checkpoint."""
 
@@ -164,6 +169,7 @@ _EVENTS: dict[int, type[Event]] = {
     lib.MP_EVENT_ENGINE_FAILED: EngineFailed,
     lib.MP_EVENT_STOPPED: Stopped,
     lib.MP_EVENT_LINK_BROKEN: LinkBroken,
+    lib.MP_EVENT_POSITION: Position,
 }
 
 
@@ -336,6 +342,14 @@ class Engine:
         """Drop a volume without dirty records and connections; Closed follows."""
         result = lib.mp_engine_close_volume(self._engine, volume, int(forget_slots), cookie)
         _check(result, "close of a volume")
+
+    def grow_volume(self, volume: bytes, *, size_bytes: int) -> None:
+        """An open volume is larger from here on, as the store's record says already."""
+        _check(lib.mp_engine_grow_volume(self._engine, volume, size_bytes), "grow of a volume")
+
+    def position(self, volume: bytes, *, cookie: int) -> None:
+        """Where the volume stands now; Position follows."""
+        _check(lib.mp_engine_position(self._engine, volume, cookie), "position of a volume")
 
     def connect(
         self, volume: bytes, fd: int, *, read_only: bool, received: Buffer, cookie: int

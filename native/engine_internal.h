@@ -456,6 +456,7 @@ struct volume *volume_new(struct mp_engine *engine, const uint8_t *id, uint32_t 
 struct volume *volume_by_id(struct mp_engine *engine, const uint8_t *id);
 int volume_open(struct mp_engine *engine, const struct command *command);
 int volume_close(struct mp_engine *engine, const struct command *command);
+void volume_grow(struct mp_engine *engine, const struct command *command);
 void volume_free(struct volume *volume);
 bool volume_is_idle(const struct volume *volume);
 

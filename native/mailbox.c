@@ -9,7 +9,8 @@
 #include "engine_internal.h"
 
 enum { COMMAND_OPEN, COMMAND_CLOSE, COMMAND_CONNECT, COMMAND_DISCONNECT, COMMAND_DIRTY, COMMAND_CUT,
-	COMMAND_DESTAGED, COMMAND_FEED, COMMAND_LINK, COMMAND_STOP };
+	COMMAND_DESTAGED, COMMAND_FEED, COMMAND_LINK, COMMAND_GROW,
+	COMMAND_POSITION, COMMAND_STOP };
 
 static void reply(struct mp_engine *engine, const struct command *command, uint32_t type,
 		  int status)
@@ -82,6 +83,23 @@ static void do_cut(struct mp_engine *engine, const struct command *command)
 	volume->cut_cookie = command->cookie;
 }
 
+static void do_position(struct mp_engine *engine, const struct command *command)
+{
+	struct volume *volume = volume_by_id(engine, command->volume);
+	struct mp_event event;
+
+	memset(&event, 0, sizeof event);
+	event.type = MP_EVENT_POSITION;
+	event.status = volume ? 0 : -ENOENT;
+	event.cookie = command->cookie;
+	memcpy(event.volume, command->volume, sizeof event.volume);
+	if (volume) {
+		event.first_sequence = volume->destaged_sequence;
+		event.last_sequence = volume->applied_sequence;
+	}
+	engine_event(engine, &event);
+}
+
 static void do_stop(struct mp_engine *engine)
 {
 	struct link *link = engine->connections.next;
@@ -127,6 +145,12 @@ static void execute(struct mp_engine *engine, const struct command *command)
 		break;
 	case COMMAND_FEED:
 		fetch_feed(engine, command->store, command->bytes, command->length_bytes);
+		break;
+	case COMMAND_GROW:
+		volume_grow(engine, command);
+		break;
+	case COMMAND_POSITION:
+		do_position(engine, command);
 		break;
 	case COMMAND_LINK:
 		fetch_link(engine, command->store, command->flag != 0);
@@ -227,6 +251,26 @@ int mp_engine_close_volume(struct mp_engine *engine, const uint8_t *id, int forg
 	if (!command)
 		return -ENOMEM;
 	command->flag = forget_slots;
+	command->cookie = cookie;
+	return post(engine, command);
+}
+
+int mp_engine_grow_volume(struct mp_engine *engine, const uint8_t *id, uint64_t size_bytes)
+{
+	struct command *command = command_new(COMMAND_GROW, id, NULL, 0);
+
+	if (!command)
+		return -ENOMEM;
+	command->size_bytes = size_bytes;
+	return post(engine, command);
+}
+
+int mp_engine_position(struct mp_engine *engine, const uint8_t *id, uint64_t cookie)
+{
+	struct command *command = command_new(COMMAND_POSITION, id, NULL, 0);
+
+	if (!command)
+		return -ENOMEM;
 	command->cookie = cookie;
 	return post(engine, command);
 }

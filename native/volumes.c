@@ -200,9 +200,13 @@ int volume_open(struct mp_engine *engine, const struct command *command)
 	if (!volume_is_idle(volume) || volume->open_pending || engine->rescue.stage)
 		return -EBUSY;
 	dirty = volume->applied_sequence > volume->destaged_sequence;
-	if (dirty && (at < volume->destaged_sequence || at > volume->applied_sequence))
+	if (dirty && (at < volume->destaged_sequence || at > volume->applied_sequence ||
+		      command->size_bytes < volume->size_bytes))
 		return -ESTALE; /* the store's image is not the one these records continue */
-	same = dirty || at == volume->applied_sequence;
+	/* When slots are not to be trusted, neither is what the log still has: a volume that shrank
+	 * and grew again stands where it stood, and its end is zeroes. */
+	same = dirty || (at == volume->applied_sequence &&
+			 (command->flag || fault(engine, MP_FAULT_KEEP_STALE_SLOTS)));
 	if (!command->flag && !fault(engine, MP_FAULT_KEEP_STALE_SLOTS))
 		volume->origin = engine->next_origin++;
 	if (same) {
@@ -214,6 +218,15 @@ int volume_open(struct mp_engine *engine, const struct command *command)
 		opened(volume, command);
 	}
 	return 0;
+}
+
+void volume_grow(struct mp_engine *engine, const struct command *command)
+{
+	struct volume *volume = volume_by_id(engine, command->volume);
+
+	if (volume && volume->open && command->size_bytes > volume->size_bytes &&
+	    command->size_bytes <= VOLUME_BYTES_MAX)
+		volume->size_bytes = command->size_bytes;
 }
 
 int volume_close(struct mp_engine *engine, const struct command *command)

@@ -1,4 +1,4 @@
-"""The catalogue: create, open, dirty, close and delete, as compare-and-swap over the core's log.
+"""The catalogue: who may create, open, change and delete, as compare-and-swap over the core's log.
 
 The core holds the truth: a volume's state is a record in its log, put whole and durable before
 the reply. This module decides whether a change is allowed and puts the new state; it keeps only
@@ -202,6 +202,43 @@ class Catalogue:
 
         return await self._change(volume_id, decide)
 
+    async def resize(self, volume_id: bytes, *, size_bytes: int, shrink: bool) -> VolumeState:
+        """Another size.  Growing is always possible, also under a guest: it sees the new size with
+        its next connection.  Shrinking drops what lies behind the new end, only when told, and
+        only while nobody can have writes for it: closed and not dirty.  It takes an epoch, as if
+        somebody had opened the volume, so that no cache trusts what it remembers of the old end.
+        """
+        check_size(size_bytes)
+
+        def decide(state: VolumeState) -> VolumeState:
+            if size_bytes >= state.size_bytes:
+                return state.with_changes(size_bytes=size_bytes)
+            _check_may_shrink(state, size_bytes, told=shrink)
+            return state.with_changes(size_bytes=size_bytes, epoch=state.epoch + 1)
+
+        return await self._change(volume_id, decide)
+
+    async def rename(self, volume_id: bytes, new_name: str) -> VolumeState:
+        """Another name for the same volume, open or not; its id, and so its identity, stays."""
+        check_name(new_name)
+        async with self._lock(volume_id):
+            state = self.get(volume_id)
+            if state.name == new_name:
+                return state
+            if new_name in self._ids_by_name:
+                raise StoreError(Code.EXISTS, f"volume {_quote(new_name)} exists already")
+            # Taken before the first await, as in create; both names lead here until it is durable.
+            self._ids_by_name[new_name] = volume_id
+            try:
+                committed = await self._put(state.with_changes(name=new_name))
+            except BaseException:
+                found = self._core.volume(volume_id)
+                if found is None or found.name != new_name:
+                    del self._ids_by_name[new_name]
+                raise
+            del self._ids_by_name[state.name]
+            return committed
+
     async def delete(self, volume_id: bytes, *, force: bool) -> VolumeState:
         """Delete a volume; an open or dirty one only by force. Returns its last state."""
         async with self._lock(volume_id):
@@ -250,6 +287,7 @@ class Catalogue:
         assert committed.epoch == wanted.epoch, "the core committed another epoch than was put"
         assert committed.open_holder == wanted.open_holder
         assert committed.dirty_holder == wanted.dirty_holder
+        assert (committed.size_bytes, committed.name) == (wanted.size_bytes, wanted.name)
         return committed
 
 
@@ -304,6 +342,23 @@ def _check_holder(state: VolumeState, cache_id: bytes) -> None:
         raise StoreError(
             Code.BUSY,
             f"volume {_quote(state.name)} is {where}; cache {cache_id.hex()} has no say in it",
+        )
+
+
+def _check_may_shrink(state: VolumeState, size_bytes: int, *, told: bool) -> None:
+    name = _quote(state.name)
+    if not told:
+        raise StoreError(
+            Code.INVALID,
+            f"volume {name} has {state.size_bytes} bytes; making it {size_bytes} would destroy what"
+            " lies behind: say --shrink if that is meant",
+        )
+    holder = state.open_holder if state.open_holder != NO_ID else state.dirty_holder
+    if holder != NO_ID:
+        raise StoreError(
+            Code.BUSY,
+            f"volume {name} is in use at cache {holder.hex()}; stop its guest and wait until it is"
+            " closed before it can shrink",
         )
 
 

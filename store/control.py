@@ -78,11 +78,28 @@ class Close(msgspec.Struct, tag_field="op", tag="volume.close", frozen=True):
     cache_id: Id
 
 
+class Resize(msgspec.Struct, tag_field="op", tag="volume.resize", frozen=True):
+    """volume.resize"""
+
+    size_bytes: Count
+    name: Selector | None = None
+    id: Id | None = None
+    shrink: bool = False
+
+
+class Rename(msgspec.Struct, tag_field="op", tag="volume.rename", frozen=True):
+    """volume.rename"""
+
+    new_name: str
+    name: Selector | None = None
+    id: Id | None = None
+
+
 class Status(msgspec.Struct, tag_field="op", tag="status", frozen=True):
     """status"""
 
 
-Call = Create | ListVolumes | Show | Delete | Open | Dirty | Close | Status
+Call = Create | ListVolumes | Show | Delete | Open | Dirty | Close | Resize | Rename | Status
 DECODER = msgspec.json.Decoder(Call)
 
 
@@ -140,6 +157,16 @@ class ControlOperations:
                 before = self._volume(state)
                 await self._catalogue.delete(state.id, force=call.force)
                 return before
+            case Resize():
+                found = self._find(call).id
+                return self._volume(
+                    await self._catalogue.resize(
+                        found, size_bytes=call.size_bytes, shrink=call.shrink
+                    )
+                )
+            case Rename():
+                found = self._find(call).id
+                return self._volume(await self._catalogue.rename(found, call.new_name))
         return self._volume(await self._change(call))
 
     async def _change(self, call: Open | Dirty | Close) -> VolumeState:
@@ -163,7 +190,7 @@ class ControlOperations:
             case Close():
                 return await self._catalogue.close(volume_id, epoch=call.epoch, cache_id=cache_id)
 
-    def _find(self, call: Show | Delete) -> VolumeState:
+    def _find(self, call: Show | Delete | Resize | Rename) -> VolumeState:
         volume_id = bytes.fromhex(call.id) if call.id is not None else None
         return self._catalogue.find(name=call.name, volume_id=volume_id)
 

@@ -288,3 +288,37 @@ def test_checkpoint_every_record(rig: Rig) -> None:
     rig.flush(guest)
     rig.ship(ONE)
     assert [rig.read(guest, at * 20 + 3) for at in range(40)] == list(range(1, 41))
+
+
+def test_end_that_was_cut_off_is_not_read_from_the_log_when_the_volume_grew_again(rig: Rig) -> None:
+    """Everything was shipped, but its segment was still in the log, and the position the same."""
+    rig.open(ONE, size_bytes=MIB)
+    guest = rig.connect(ONE)
+    rig.write(guest, 200, 7)
+    rig.flush(guest)
+    rig.ship(ONE)
+    rig.engine.disconnect(1001)
+    rig.turn()
+    rig.engine.close_volume(ONE, forget_slots=False, cookie=9)
+    rig.wait(Closed)
+    rig.put(ONE, MIB // 2)
+    rig.put(ONE, MIB)
+    rig.open(ONE, size_bytes=MIB, keep_slots=False)
+    assert rig.read(rig.connect(ONE), 200) == 0
+
+
+def test_crash_after_an_open_volume_grew(rig: Rig) -> None:
+    """Writes behind the end that the last checkpoint knows are recovered and shipped."""
+    rig.open(ONE, size_bytes=MIB)
+    rig.put(ONE, 2 * MIB)
+    rig.engine.grow_volume(ONE, size_bytes=2 * MIB)
+    guest = rig.connect(ONE)
+    rig.write(guest, 300, 7)
+    rig.flush(guest)
+    rig.fall(SimOptions(seed=2))
+    rig.start()
+    assert rig.status(ONE).size_bytes == MIB
+    rig.open(ONE, size_bytes=2 * MIB)
+    assert rig.read(rig.connect(ONE), 300) == 7
+    rig.ship(ONE)
+    rig.stop()

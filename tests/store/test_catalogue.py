@@ -299,3 +299,88 @@ def test_names_that_are_refused(name: str) -> None:
 @pytest.mark.parametrize("name", ["a", "...", "vm-1", "Größe 40 %", "é" * 127, "-rf", "a\\b"])
 def test_names_that_are_allowed(name: str) -> None:
     check_name(name)
+
+
+async def resize(client: StoreClient, size_bytes: int, **more: Any) -> dict[str, Any]:
+    call = client.call("volume.resize", name="vm1", size_bytes=size_bytes, **more)
+    return dict((await call)["volume"])
+
+
+def test_growing_is_durable_and_changes_nothing_else(run: RunTest, tmp_path: Path) -> None:
+    async def situation() -> None:
+        async with running(tmp_path) as store:
+            client = await store.client()
+            volume = await open_volume(client, await create(client), ME, 1)
+            assert await resize(client, 2 * SIZE) == {**volume, "size_bytes": 2 * SIZE}
+            await client.close()
+        async with running(tmp_path) as store:
+            client = await store.client()
+            (again,) = (await client.call("volume.list"))["volumes"]
+            assert again["size_bytes"] == 2 * SIZE
+            await client.close()
+
+    run(situation())
+
+
+def test_shrinking_must_be_meant_and_nobody_may_have_it(run: RunTest, tmp_path: Path) -> None:
+    async def situation() -> None:
+        async with running(tmp_path) as store:
+            client = await store.client()
+            volume = await create(client)
+            await refused(resize(client, SIZE // 2), Code.INVALID, "--shrink")
+            volume = await open_volume(client, volume, ME, 1)
+            await refused(resize(client, SIZE // 2, shrink=True), Code.BUSY, "in use at cache")
+            volume = await close_volume(client, volume, ME)
+            shrunk = await resize(client, SIZE // 2, shrink=True)
+            assert (shrunk["size_bytes"], shrunk["epoch"]) == (SIZE // 2, volume["epoch"] + 1)
+            await refused(resize(client, 1000, shrink=True), Code.INVALID, "bytes cannot be")
+            await refused(open_volume(client, volume, ME, 2), Code.EPOCH, "look again")
+            await client.close()
+
+    run(situation())
+
+
+def test_rename_of_an_open_volume_keeps_everything_but_the_name(
+    run: RunTest, tmp_path: Path
+) -> None:
+    async def situation() -> None:
+        async with running(tmp_path) as store:
+            client = await store.client()
+            volume = await open_volume(client, await create(client), ME, 1)
+            await create(client, "vm2")
+            await refused(
+                client.call("volume.rename", name="vm1", new_name="vm2"), Code.EXISTS, "'vm2'"
+            )
+            await refused(
+                client.call("volume.rename", name="vm1", new_name="a/b"), Code.INVALID, "'a/b'"
+            )
+            renamed = (await client.call("volume.rename", name="vm1", new_name="web"))["volume"]
+            assert renamed == {**volume, "name": "web"}
+            await refused(client.call("volume.show", name="vm1"), Code.NOT_FOUND, "'vm1'")
+            assert (await create(client))["id"] != volume["id"], "the old name is free"
+            await client.close()
+        async with running(tmp_path) as store:
+            client = await store.client()
+            found = (await client.call("volume.show", name="web"))["volume"]
+            assert found["id"] == volume["id"]
+            await client.close()
+
+    run(situation())
+
+
+def test_two_renames_to_one_name_at_once(run: RunTest, tmp_path: Path) -> None:
+    async def situation() -> None:
+        async with running(tmp_path) as store:
+            client = await store.client()
+            await create(client)
+            await create(client, "vm2")
+            results = await asyncio.gather(
+                client.call("volume.rename", name="vm1", new_name="web"),
+                client.call("volume.rename", name="vm2", new_name="web"),
+                return_exceptions=True,
+            )
+            codes = [getattr(result, "code", "ok") for result in results]
+            assert sorted(codes) == [Code.EXISTS, "ok"]
+            await client.close()
+
+    run(situation())
