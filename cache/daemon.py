@@ -25,7 +25,8 @@ from millpond.cache.settings import VolumeSettings
 from millpond.cache.shaping import Admission, RateLimits
 from millpond.cache.stores import Found, Stores
 from millpond.cache.tasks import Backoff, Tasks
-from millpond.cache.volumes import Volume, World
+from millpond.cache.volumes import Volume
+from millpond.cache.world import World
 from millpond.native.engine import (
     ConnectionClosed,
     DirtyReady,

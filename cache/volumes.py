@@ -18,15 +18,12 @@ import errno
 import logging
 import os
 import socket
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from enum import StrEnum
 
 import msgspec
 
 from millpond.cache import limits
-from millpond.cache.chance import Chance
 from millpond.cache.destage import VolumeDestage, find_volume
 from millpond.cache.errors import (
     CacheError,
@@ -36,16 +33,15 @@ from millpond.cache.errors import (
     VolumeRefused,
     escaped,
 )
-from millpond.cache.events import EngineEvents
 from millpond.cache.positions import check_still_ours, first_sequence_of, slots_are_valid
 from millpond.cache.replicas import ReplicaSet, VolumeRecord
-from millpond.cache.shaping import Admission, RateLimits, Shaper
-from millpond.cache.stores import Found, Stores
-from millpond.cache.tasks import Backoff, Tasks
+from millpond.cache.shaping import Admission, Shaper
+from millpond.cache.stores import Found
+from millpond.cache.tasks import Backoff
+from millpond.cache.world import Opening, World
 from millpond.native.engine import (
     Closed,
     DirtyClear,
-    Engine,
     NativeError,
     Opened,
     Position,
@@ -61,36 +57,6 @@ class State(StrEnum):
     OPEN = "open"
     CLOSING = "closing"
     FAILED = "failed"
-
-
-@dataclass(frozen=True, slots=True)
-class World:
-    """What every volume of a daemon works with."""
-
-    engine: Engine
-    events: EngineEvents
-    chance: Chance
-    tasks: Tasks
-    host: Admission
-    volume_rates: RateLimits
-    read_only: bool
-    connected: Callable[[int, "Volume"], None]
-    stores: Stores
-
-    @property
-    def cache_id(self) -> bytes:
-        """Who we are in holders."""
-        return self.engine.cache_id
-
-
-@dataclass(frozen=True, slots=True)
-class Opening:
-    """One writable open, durable at the stores, not yet known to the engine."""
-
-    record: VolumeRecord
-    lineage: int
-    keep_slots: bool
-    undestaged: bool
 
 
 class Volume:

@@ -1,0 +1,49 @@
+"""What every volume of a daemon works with, and what one writable open decides.
+
+Plain values: volumes.py has the rules.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from millpond.cache.chance import Chance
+from millpond.cache.events import EngineEvents
+from millpond.cache.replicas import VolumeRecord
+from millpond.cache.shaping import Admission, RateLimits
+from millpond.cache.stores import Stores
+from millpond.cache.tasks import Tasks
+from millpond.native.engine import Engine
+
+if TYPE_CHECKING:
+    from millpond.cache.volumes import Volume
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """What every volume of a daemon works with."""
+
+    engine: Engine
+    events: EngineEvents
+    chance: Chance
+    tasks: Tasks
+    host: Admission
+    volume_rates: RateLimits
+    read_only: bool
+    connected: Callable[[int, "Volume"], None]
+    stores: Stores
+
+    @property
+    def cache_id(self) -> bytes:
+        """Who we are in holders."""
+        return self.engine.cache_id
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """One writable open, durable at the stores, not yet known to the engine."""
+
+    record: VolumeRecord
+    lineage: int
+    keep_slots: bool
+    undestaged: bool
