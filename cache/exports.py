@@ -18,6 +18,14 @@ class Export:
     description: str
 
 
+@dataclass(frozen=True)
+class Agreed:
+    """What a client negotiated for the transmission phase."""
+
+    structured: bool = False  # structured replies
+    allocation: bool = False  # the metadata context base:allocation; only with structured
+
+
 class ExportError(Exception):
     """Why an export cannot be described or opened; message is one line for the guest's operator."""
 
@@ -34,7 +42,7 @@ class OpenExport(Protocol):
 
     export: Export
 
-    def handover(self, sock: socket.socket, received: bytes) -> None:
+    def handover(self, sock: socket.socket, received: bytes, agreed: Agreed) -> None:
         """Give the connected socket to the engine, with bytes already read from it.
 
         The engine owns the descriptor from here: it is detached from sock, on errors too.

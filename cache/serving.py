@@ -19,7 +19,7 @@ from millpond.cache.errors import (
     VolumeUnknown,
     escaped,
 )
-from millpond.cache.exports import Export, ExportError
+from millpond.cache.exports import Agreed, Export, ExportError
 from millpond.cache.replicas import VolumeRecord
 from millpond.cache.stores import Found, Stores
 from millpond.cache.tasks import Tasks
@@ -117,12 +117,12 @@ class CacheOpenExport:
         self.export = export
         self._volume: Volume | None = volume
 
-    def handover(self, sock: socket.socket, received: bytes) -> None:
+    def handover(self, sock: socket.socket, received: bytes, agreed: Agreed) -> None:
         """Give the socket to the engine."""
         volume, self._volume = self._volume, None
         assert volume is not None, "handed over or released before"
         try:
-            volume.connect(sock, received)
+            volume.connect(sock, received, agreed)
         except (NativeError, VolumeRefused) as error:
             log.warning("connection refused volume=%s reason=%s", volume.label, escaped(str(error)))
         finally:

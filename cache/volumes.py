@@ -33,6 +33,7 @@ from millpond.cache.errors import (
     VolumeRefused,
     escaped,
 )
+from millpond.cache.exports import Agreed
 from millpond.cache.positions import check_still_ours, first_sequence_of, slots_are_valid
 from millpond.cache.replicas import ReplicaSet, VolumeRecord
 from millpond.cache.shaping import Admission, Shaper
@@ -158,7 +159,7 @@ class Volume:
         assert self._users >= 0
         self._arm_idle()
 
-    def connect(self, sock: socket.socket, received: bytes) -> None:
+    def connect(self, sock: socket.socket, received: bytes, agreed: Agreed) -> None:
         """Hand the client's socket to the engine, which owns it from here."""
         if self.state is not State.OPEN:
             sock.close()
@@ -174,6 +175,8 @@ class Volume:
                 read_only=self._world.read_only,
                 received=received,
                 cookie=cookie,
+                structured=agreed.structured,
+                allocation=agreed.allocation,
             )
         except NativeError:
             self.connection_closed(cookie)

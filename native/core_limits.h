@@ -7,9 +7,12 @@
 enum {
 	VOLUMES_MAX = 1024,                  /* volumes per shard */
 	CONNECTIONS_MAX = 4096,              /* per shard */
-	NBD_PAYLOAD_MAX = 32 * 1024 * 1024,  /* READ and WRITE; announced in the handshake */
-	NBD_DISCARD_MAX = 64 * 1024 * 1024,  /* an oversized WRITE up to here is read and dropped */
-	CONNECTION_BYTES_MAX = 64 * 1024 * 1024, /* of replies that one connection may hold */
+	/* READ and WRITE. The handshake announces half of it: a trace of a real guest has 47 MiB,
+	 * libnbd sends up to 64 MiB */
+	NBD_PAYLOAD_MAX = 64 * 1024 * 1024,
+	NBD_DISCARD_MAX = 128 * 1024 * 1024, /* an oversized WRITE up to here is read and dropped */
+	/* of replies that one connection may hold: one READ of any alignment fits */
+	CONNECTION_BYTES_MAX = NBD_PAYLOAD_MAX + 4 * MP_BLOCK_BYTES,
 	REQUESTS_MAX = 1024,                 /* in flight per connection */
 	RECEIVE_BYTES = 128 * 1024,          /* a connection's receive buffer */
 	SLICE_BLOCKS = 64,                   /* a request is cut into slices of this many blocks */
@@ -38,6 +41,12 @@ enum {
 	CHECKPOINT_FAILURES_MAX = 3,         /* failed writes of checkpoints in a row */
 	EVENTS_MAX = 65536,
 	REPLY_IOVECS = 256,                  /* per sendmsg */
+	WALK_STEPS = 1024,                   /* of CACHE and BLOCK_STATUS per turn, in blocks */
+	PREFETCHES_MAX = 4,                  /* slices of CACHE that wait for the store */
+	STATUSES_MAX = 8,                    /* BLOCK_STATUS requests in flight per connection */
+	STATUS_RUNS_MAX = 1024,              /* descriptors in one answer to BLOCK_STATUS */
+	/* of the range of a BLOCK_STATUS that is answered; the client asks again for the rest */
+	STATUS_BLOCKS_MAX = 262144,
 };
 
 /* An index key has 40 bits of block. */
@@ -64,6 +73,7 @@ _Static_assert(APPEND_BYTES_MAX + 65536 + MP_BLOCK_BYTES < SEGMENT_BYTES_MIN,
 _Static_assert(MP_CACHE_SEGMENT_BYTES % SCAN_STEP_BYTES == 0, "a segment is whole scan steps");
 _Static_assert(MP_RECORD_HEADER_BYTES + APPEND_EXTENTS_MAX * MP_EXTENT_BYTES <= 65536,
 	       "header fits");
+_Static_assert(PREFETCHES_MAX * SLICE_BYTES <= INTERNAL_BYTES, "CACHE leaves room for guests");
 _Static_assert(SLICE_BYTES <= APPEND_BYTES_MAX, "one mutation fits one record");
 
 #endif

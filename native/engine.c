@@ -134,6 +134,7 @@ static void cut_off(struct mp_engine *engine)
 	for (link = engine->connections.next; link != &engine->connections; link = link->next)
 		CONTAINER(link, struct connection, in_engine)->broken = true;
 	fetches_abandon(engine);
+	statuses_abandon(engine);
 	for (i = 0; i < engine->volume_count; i++)
 		if (engine->volumes[i]) {
 			mutations_unhold(engine->volumes[i]);
@@ -220,6 +221,7 @@ static bool background_pending(const struct mp_engine *engine)
 static int64_t wait_ns(const struct mp_engine *engine, int64_t timeout_ns, uint64_t timer_ns)
 {
 	if (background_pending(engine) || engine->commands || engine->stopped ||
+	    engine->walks_pending ||
 	    (engine->paused && engine->resume_wanted))
 		return 0;
 	if (engine->counters.inflight_requests &&
@@ -253,6 +255,7 @@ int64_t mp_engine_step(struct mp_engine *engine, int64_t timeout_ns)
 		engine->active_ns = engine->now_ns;
 	commands_run(engine);
 	connections_resume(engine);
+	walks_step(engine);
 	log_append_ready(engine);
 	log_sync_if_wanted(engine);
 	if (engine->failed) {
@@ -334,6 +337,8 @@ static struct mp_engine *engine_new(struct mp_driver *driver,
 	list_init(&engine->connections);
 	for (i = 0; i < STORES_MAX; i++)
 		list_init(&engine->stores[i].fetches);
+	list_init(&engine->walks);
+	list_init(&engine->statuses);
 	engine->commands_tail = &engine->commands;
 	engine->events_tail = &engine->events;
 	engine->next_origin = 1;

@@ -109,10 +109,14 @@ int mp_engine_grow_volume(struct mp_engine *engine, const uint8_t *id, uint64_t 
 /* Where a volume stands once every command before this one took effect: MP_EVENT_POSITION with
  * cookie; last_sequence covers everything acknowledged so far. -ENOENT: not known. */
 int mp_engine_position(struct mp_engine *engine, const uint8_t *id, uint64_t cookie);
-/* Hand over a connection in transmission phase, with bytes already read from it. The engine owns
- * socket from here (on error too). MP_EVENT_CONNECTION_CLOSED with cookie when it is gone; status
- * 1: after NBD_CMD_DISC. */
-int mp_engine_connect(struct mp_engine *engine, const uint8_t *id, int socket, int read_only,
+/* What the handshake agreed on with a client. */
+enum mp_connect_flag { MP_CONNECT_READ_ONLY = 1, MP_CONNECT_STRUCTURED = 2,
+	/* base:allocation, as context 1; only with MP_CONNECT_STRUCTURED */
+	MP_CONNECT_ALLOCATION = 4 };
+/* Hand over a connection in transmission phase, with bytes already read from it. flags: enum
+ * mp_connect_flag. The engine owns socket from here (on error too). MP_EVENT_CONNECTION_CLOSED
+ * with cookie when it is gone; status 1: after NBD_CMD_DISC. */
+int mp_engine_connect(struct mp_engine *engine, const uint8_t *id, int socket, uint32_t flags,
 		      const void *bytes, uint64_t length_bytes, uint64_t cookie);
 /* Stop a connection: nothing more is parsed, accepted mutations finish, then it is closed. */
 int mp_engine_disconnect(struct mp_engine *engine, uint64_t cookie);

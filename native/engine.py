@@ -352,14 +352,28 @@ class Engine:
         _check(lib.mp_engine_position(self._engine, volume, cookie), "position of a volume")
 
     def connect(
-        self, volume: bytes, fd: int, *, read_only: bool, received: Buffer, cookie: int
+        self,
+        volume: bytes,
+        fd: int,
+        *,
+        read_only: bool,
+        received: Buffer,
+        cookie: int,
+        structured: bool = False,
+        allocation: bool = False,
     ) -> None:
-        """Hand over a connection in transmission phase; fd is consumed, on error too."""
+        """Hand over a connection in transmission phase; fd is consumed, on error too.
+
+        structured, allocation: the client negotiated structured replies, and base:allocation.
+        """
+        flags = lib.MP_CONNECT_READ_ONLY if read_only else 0
+        flags |= lib.MP_CONNECT_STRUCTURED if structured else 0
+        flags |= lib.MP_CONNECT_ALLOCATION if allocation else 0
         result = lib.mp_engine_connect(
             self._engine,
             volume,
             fd,
-            int(read_only),
+            flags,
             ffi.from_buffer(received),
             len(received),
             cookie,

@@ -160,6 +160,10 @@ struct read {
 	uint32_t block_count;
 	uint32_t pending;         /* parts, fetches; + 1 while it is being set up */
 	uint32_t fills;           /* slot writes from the buffer */
+	bool prefetch;            /* CACHE: only misses, for the slots; nobody gets the data */
+	bool may_be_hole, hole;   /* zeroes that the reply may say, not carry */
+	uint8_t chunk[32];        /* header of the structured chunk that begins here */
+	uint32_t chunk_bytes;     /* 0: none does */
 	int error;
 	bool finished;
 	uint8_t *buffer;
@@ -208,7 +212,12 @@ struct request {
 	uint64_t sync_sequence;   /* FLUSH, FUA: what a sync must cover */
 	struct link in_sync;
 	struct link in_replies;
-	uint8_t header[16];
+	struct link in_walks;     /* CACHE, BLOCK_STATUS: not yet at the end of its range */
+	uint64_t cursor;          /* their next block */
+	struct status *status;    /* BLOCK_STATUS: what is found so far, then the descriptors */
+	uint8_t header[32];
+	uint32_t header_bytes;
+	uint64_t reply_bytes;     /* header and what follows */
 };
 
 enum receive_state { RECEIVE_HEADER, RECEIVE_PAYLOAD, RECEIVE_DISCARD, RECEIVE_STOPPED };
@@ -219,7 +228,9 @@ struct connection {
 	uint64_t cookie;
 	int socket;
 	bool read_only, disconnected, ended, broken, paused, stopping;
+	bool structured, allocation;  /* negotiated */
 	uint32_t interest, inflight;
+	uint32_t statuses;            /* BLOCK_STATUS requests in flight */
 	uint8_t *receive;
 	uint32_t receive_begin, receive_end;
 	enum receive_state state;
@@ -411,6 +422,10 @@ struct mp_engine {
 	uint32_t next_origin;
 	struct link connections;
 	uint32_t connection_count, paused;
+	struct link walks;            /* CACHE and BLOCK_STATUS, whose turn it is first */
+	bool walks_pending;           /* there is work for the next turn */
+	uint32_t prefetches;          /* slices of CACHE that wait for the store */
+	struct link statuses;         /* BLOCK_STATUS that waits for the store */
 	bool resume_wanted;           /* a request ended: paused connections may go on */
 	struct store_link stores[STORES_MAX];
 	uint64_t next_request_id;
@@ -480,7 +495,14 @@ void request_error(struct request *request, int error);
 void request_slice_done(struct request *request);
 void request_finish(struct request *request);
 
+/* nbdwalk.c, nbdstatus.c */
+void walks_step(struct mp_engine *engine);
+void prefetch_done(struct read *read);
+void statuses_abandon(struct mp_engine *engine); /* the store will not answer: not known */
+
 /* reads.c */
+/* Where a block is; its number, checksum and kind. */
+void source_find(struct volume *volume, uint64_t block, struct source *source);
 struct read *read_new(struct volume *volume, uint64_t first_block, uint32_t block_count);
 void read_start(struct read *read);
 void read_part_done(struct read *read);

@@ -275,7 +275,7 @@ int mp_engine_position(struct mp_engine *engine, const uint8_t *id, uint64_t coo
 	return post(engine, command);
 }
 
-int mp_engine_connect(struct mp_engine *engine, const uint8_t *id, int socket, int read_only,
+int mp_engine_connect(struct mp_engine *engine, const uint8_t *id, int socket, uint32_t flags,
 		      const void *bytes, uint64_t length_bytes, uint64_t cookie)
 {
 	struct command *command = command_new(COMMAND_CONNECT, id, bytes, length_bytes);
@@ -285,7 +285,7 @@ int mp_engine_connect(struct mp_engine *engine, const uint8_t *id, int socket, i
 		return -ENOMEM;
 	}
 	command->socket = socket;
-	command->flag = read_only;
+	command->flag = (int)flags;
 	command->cookie = cookie;
 	return post(engine, command);
 }

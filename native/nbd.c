@@ -138,6 +138,7 @@ static bool parse_header(struct connection *connection)
 		return false;
 	}
 	if (connection->inflight >= REQUESTS_MAX ||
+	    (be16toh(command) == COMMAND_BLOCK_STATUS && connection->statuses >= STATUSES_MAX) ||
 	    (be16toh(command) == COMMAND_READ && be32toh(length) <= NBD_PAYLOAD_MAX &&
 	     !buffers_allow(connection, be32toh(length) + 2ULL * MP_BLOCK_BYTES))) {
 		pause_reading(connection);
@@ -375,7 +376,9 @@ int connection_open(struct mp_engine *engine, struct volume *volume, const struc
 	connection->volume = volume;
 	connection->cookie = command->cookie;
 	connection->socket = command->socket;
-	connection->read_only = command->flag != 0;
+	connection->read_only = command->flag & MP_CONNECT_READ_ONLY;
+	connection->structured = command->flag & MP_CONNECT_STRUCTURED;
+	connection->allocation = connection->structured && command->flag & MP_CONNECT_ALLOCATION;
 	list_init(&connection->in_engine);
 	list_init(&connection->requests);
 	list_init(&connection->replies);

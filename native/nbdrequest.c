@@ -2,8 +2,8 @@
  * started.
  *
  * Happy path: validate -> start: a READ becomes reads of at most SLICE_BLOCKS blocks, TRIM and
- * WRITE_ZEROES one range and its edges, FLUSH waits for a sync. A WRITE is cut as its payload
- * arrives (nbd.c).
+ * WRITE_ZEROES one range and its edges, FLUSH waits for a sync, CACHE and BLOCK_STATUS
+ * walk. A WRITE is cut as its payload arrives (nbd.c).
  * Failure modes: a request that must not be carried out has the protocol's error from validate and
  * is answered at once; without memory it ends with EIO.
  */
@@ -25,6 +25,7 @@ struct request *request_new(struct connection *connection, const uint8_t *header
 	list_init(&request->reads);
 	list_init(&request->in_sync);
 	list_init(&request->in_replies);
+	list_init(&request->in_walks);
 	memcpy(&half, header + 4, 2);
 	request->flags = be16toh(half);
 	memcpy(&half, header + 6, 2);
@@ -37,6 +38,7 @@ struct request *request_new(struct connection *connection, const uint8_t *header
 	request->pending = 1; /* ours, until all slices are started */
 	list_append(&connection->requests, &request->in_connection);
 	connection->inflight++;
+	connection->statuses += request->command == COMMAND_BLOCK_STATUS;
 	connection->engine->counters.requests++;
 	connection->engine->counters.inflight_requests++;
 	return request;
@@ -48,6 +50,17 @@ static bool is_mutation(uint16_t command)
 	       command == COMMAND_WRITE_ZEROES;
 }
 
+/* Whole blocks become a range, whatever their count: that is fast. A piece of a block is read and
+ * written like any other write. */
+static bool covers_whole_block(const struct request *request)
+{
+	uint64_t end = request->offset_bytes + request->length_bytes;
+
+	if (end == request->connection->volume->size_bytes)
+		end += MP_BLOCK_BYTES - 1; /* nothing lies behind the end */
+	return (request->offset_bytes + MP_BLOCK_BYTES - 1) / MP_BLOCK_BYTES < end / MP_BLOCK_BYTES;
+}
+
 int request_validate(const struct request *request)
 {
 	const struct connection *connection = request->connection;
@@ -57,10 +70,16 @@ int request_validate(const struct request *request)
 		      request->length_bytes > size - request->offset_bytes;
 
 	if (request->command == COMMAND_WRITE_ZEROES)
-		allowed |= FLAG_NO_HOLE;
-	if (request->flags & ~allowed)
+		allowed |= FLAG_NO_HOLE | FLAG_FAST_ZERO;
+	if (request->command == COMMAND_READ && connection->structured)
+		allowed |= FLAG_DF;
+	if (request->command == COMMAND_BLOCK_STATUS)
+		allowed |= FLAG_REQ_ONE;
+	if (request->flags & ~allowed || request->command > COMMAND_BLOCK_STATUS)
 		return EINVAL;
-	if (request->command > COMMAND_WRITE_ZEROES || request->command == COMMAND_CACHE)
+	/* Of nothing there is no extent, and an answer must have one. */
+	if (request->command == COMMAND_BLOCK_STATUS &&
+	    (!connection->allocation || request->length_bytes == 0))
 		return EINVAL;
 	if (is_mutation(request->command) && connection->read_only)
 		return EPERM;
@@ -74,6 +93,9 @@ int request_validate(const struct request *request)
 				       request->command == COMMAND_WRITE_ZEROES
 			       ? ENOSPC
 			       : EINVAL;
+	if (request->flags & FLAG_FAST_ZERO && request->length_bytes &&
+	    !covers_whole_block(request))
+		return ENOTSUP;
 	return 0;
 }
 
@@ -98,6 +120,8 @@ static void start_read(struct request *request)
 			break;
 		}
 		read->request = request;
+		read->may_be_hole = request->connection->structured &&
+				    !(request->flags & FLAG_DF);
 		request->pending++;
 		list_append(&request->reads, &read->in_request);
 		read_start(read);
@@ -191,6 +215,10 @@ void request_start(struct request *request)
 		break;
 	case COMMAND_FLUSH:
 		start_flush(request);
+		break;
+	case COMMAND_CACHE:
+	case COMMAND_BLOCK_STATUS:
+		walk_start(request);
 		break;
 	default:
 		start_range(request);

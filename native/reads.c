@@ -52,6 +52,10 @@ static void finish(struct read *read)
 		return;
 	}
 	assert(read->request);
+	if (read->prefetch) {
+		prefetch_done(read);
+		return;
+	}
 	if (read->error && !read->request->error)
 		read->request->error = read->error;
 	request_slice_done(read->request);
@@ -64,12 +68,9 @@ void read_part_done(struct read *read)
 		finish(read);
 }
 
-static void lookup(struct read *read, uint32_t i)
+void source_find(struct volume *volume, uint64_t block, struct source *source)
 {
-	struct volume *volume = read->volume;
 	struct mp_engine *engine = volume->engine;
-	uint64_t block = read->first_block + i;
-	struct source *source = &read->sources[i];
 	uint64_t range = tombstones_find(&volume->tombstones, block);
 	struct index_slot *logged = index_find(&engine->index, volume->number, block);
 	int restored = 0;
@@ -276,7 +277,7 @@ static void count_blocks(struct read *read)
 	struct mp_engine *engine = volume->engine;
 	uint32_t i;
 
-	if (read->mutation)
+	if (read->mutation || read->prefetch)
 		return;
 	for (i = 0; i < read->block_count; i++) {
 		if (read->sources[i].kind == SOURCE_MISS) {
@@ -300,19 +301,29 @@ static void touch(struct read *read)
 		mp_slots_touch(engine->slots, read->volume->origin, block);
 }
 
+/* One run of zeroes that the reply can say: they need not be made, nor sent. */
+static bool is_hole(const struct read *read)
+{
+	return read->may_be_hole && read->sources[0].kind == SOURCE_ZERO &&
+	       run_length(read, 0) == read->block_count;
+}
+
 void read_start(struct read *read)
 {
 	uint32_t i, run;
 
 	read->pending = 1; /* ours, until everything is started */
 	for (i = 0; i < read->block_count; i++)
-		lookup(read, i);
+		source_find(read->volume, read->first_block + i, &read->sources[i]);
 	count_blocks(read);
 	touch(read);
-	for (i = 0; i < read->block_count; i += run) {
+	read->hole = is_hole(read);
+	for (i = 0; i < read->block_count && !read->hole; i += run) {
 		uint8_t kind = read->sources[i].kind;
 
 		run = run_length(read, i);
+		if (read->prefetch && kind != SOURCE_MISS)
+			continue;
 		if (kind == SOURCE_ZERO)
 			memset(read->buffer + (uint64_t)i * MP_BLOCK_BYTES, 0,
 			       (size_t)run * MP_BLOCK_BYTES);

@@ -2,7 +2,7 @@
 
 Rules: one event at a time, and nothing is parsed behind it before it is answered.  An option's
 data is complete before anything is replied to it, so that two sides that both write cannot wait
-for each other.  What a client may not have (structured replies, TLS, ...) is refused by reply,
+for each other.  What a client may not have (TLS, extended headers, ...) is refused by reply,
 never by silence; what cannot be answered is a ProtocolError, after which only closing is left.
 
 Happy path:
@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from millpond.cache.exports import Export
+from millpond.cache.exports import Agreed, Export
 from millpond.nbd import wire
 from millpond.nbd.errors import ProtocolError
 from millpond.nbd.limits import (
@@ -55,13 +55,20 @@ class OpenRequested:
 
 
 @dataclass(frozen=True)
+class ContextsRequested:
+    """LIST_META_CONTEXT or SET_META_CONTEXT: answer with answer_contexts or refuse."""
+
+    name: str
+
+
+@dataclass(frozen=True)
 class Ended:
     """The negotiation is over without an export; close after sending what is left."""
 
     reason: str
 
 
-Event = ListRequested | DescribeRequested | OpenRequested | Ended
+Event = ListRequested | DescribeRequested | OpenRequested | ContextsRequested | Ended
 RefusalCode = Literal["unknown", "policy", "platform", "shutdown"]
 
 _REFUSALS: Final[dict[RefusalCode, OptionReply]] = {
@@ -72,20 +79,29 @@ _REFUSALS: Final[dict[RefusalCode, OptionReply]] = {
 }
 
 
-def transmission_flags(export: Export) -> TransmissionFlag:
+def transmission_flags(export: Export, *, structured: bool = False) -> TransmissionFlag:
     """What the engine serves for this export; it answers EINVAL to everything else.
 
     CAN_MULTI_CONN: a flush covers all connections of a volume, whichever it arrives on.
+    DF only makes sense, and is only allowed, where replies are structured.
     """
     flags = (
         TransmissionFlag.HAS_FLAGS
         | TransmissionFlag.SEND_FLUSH
         | TransmissionFlag.SEND_FUA
         | TransmissionFlag.CAN_MULTI_CONN
+        | TransmissionFlag.SEND_CACHE
     )
+    if structured:
+        flags |= TransmissionFlag.SEND_DF
     if export.read_only:
         return flags | TransmissionFlag.READ_ONLY
-    return flags | TransmissionFlag.SEND_TRIM | TransmissionFlag.SEND_WRITE_ZEROES
+    return (
+        flags
+        | TransmissionFlag.SEND_TRIM
+        | TransmissionFlag.SEND_WRITE_ZEROES
+        | TransmissionFlag.SEND_FAST_ZERO
+    )
 
 
 class _InvalidOption(Exception):
@@ -98,6 +114,8 @@ class _Pending:
 
     option: int
     infos: frozenset[int] = frozenset()
+    name: str = ""
+    contexts: tuple[str, ...] = ()
 
 
 class Handshake:
@@ -116,6 +134,9 @@ class Handshake:
         self._finished = False
         self._options_left = self._limits.options_max
         self._listed_exports = 0
+        self._structured = False
+        self._allocation_of: str | None = None  # the export that base:allocation was selected for
+        self._agreed: Agreed | None = None
 
     # What the caller does with bytes.
 
@@ -168,16 +189,41 @@ class Handshake:
         infos = self._pending.infos
         self._describe(self._answering(Option.INFO), infos, export)
 
+    def answer_contexts(self) -> None:
+        """The export exists: the contexts that were asked for and that we have, then ACK."""
+        assert self._pending is not None
+        name, contexts = self._pending.name, self._pending.contexts
+        option = self._answering(Option.LIST_META_CONTEXT, Option.SET_META_CONTEXT)
+        selecting = option == Option.SET_META_CONTEXT
+        for context in contexts:
+            number = wire.ALLOCATION_CONTEXT_ID if selecting else 0
+            data = wire.CONTEXT_ID.pack(number) + context.encode()
+            self._reply(option, OptionReply.META_CONTEXT, data)
+        if selecting and contexts:
+            self._allocation_of = name
+        self._reply(option, OptionReply.ACK)
+
+    @property
+    def agreed(self) -> Agreed:
+        """What the transmission phase goes by, once answer_open was called."""
+        assert self._agreed is not None
+        return self._agreed
+
     def answer_open(self, export: Export) -> bytes:
         """The export is open.  Returns the bytes received behind the last option."""
         assert self._pending is not None
         assert self._client_flags is not None
-        infos = self._pending.infos
+        infos, name = self._pending.infos, self._pending.name
+        self._agreed = Agreed(
+            structured=self._structured,
+            # Contexts count only for the export, by the very name, that they were selected for.
+            allocation=self._structured and self._allocation_of == name,
+        )
         option = self._answering(Option.GO, Option.EXPORT_NAME)
         if option == Option.GO:
             self._describe(option, infos, export)
         else:
-            flags = transmission_flags(export)
+            flags = transmission_flags(export, structured=self._structured)
             self._output += wire.EXPORT_NAME_REPLY.pack(export.size_bytes, flags)
             if HandshakeFlag.NO_ZEROES not in self._client_flags:
                 self._output += wire.EXPORT_NAME_ZEROES
@@ -188,7 +234,14 @@ class Handshake:
 
     def refuse(self, code: RefusalCode, message: str) -> None:
         """The event cannot be granted; the client may ask for something else."""
-        option = self._answering(Option.LIST, Option.INFO, Option.GO, Option.EXPORT_NAME)
+        option = self._answering(
+            Option.LIST,
+            Option.INFO,
+            Option.GO,
+            Option.EXPORT_NAME,
+            Option.LIST_META_CONTEXT,
+            Option.SET_META_CONTEXT,
+        )
         if option == Option.EXPORT_NAME:
             self._ended = Ended("refused an export asked for by EXPORT_NAME")
         else:
@@ -235,7 +288,8 @@ class Handshake:
         """Answer one option, or leave its event for the caller to answer."""
         try:
             if option == Option.EXPORT_NAME:
-                self._ask(_Pending(option), OpenRequested(_name(data)))
+                name = _name(data)
+                self._ask(_Pending(option, name=name), OpenRequested(name))
             elif option == Option.ABORT:
                 self._reply(option, OptionReply.ACK)
                 self._ended = Ended("the client aborted")
@@ -246,13 +300,38 @@ class Handshake:
             elif option in (Option.INFO, Option.GO):
                 name, infos = _name_and_infos(data)
                 event = OpenRequested(name) if option == Option.GO else DescribeRequested(name)
-                self._ask(_Pending(option, infos), event)
+                self._ask(_Pending(option, infos, name), event)
+            elif option == Option.STRUCTURED_REPLY:
+                self._agree_on_structured(data)
+            elif option in (Option.LIST_META_CONTEXT, Option.SET_META_CONTEXT):
+                self._ask_contexts(option, data)
             else:
                 self._refuse(option, OptionReply.ERR_UNSUP, f"option {option} is not supported")
         except _InvalidOption as error:
             if option == Option.EXPORT_NAME:
                 raise ProtocolError("invalid export name in EXPORT_NAME", str(error)) from None
             self._refuse(option, OptionReply.ERR_INVALID, str(error))
+
+    def _agree_on_structured(self, data: bytes) -> None:
+        if data:
+            raise _InvalidOption("STRUCTURED_REPLY takes no data")
+        if self._structured:
+            raise _InvalidOption("structured replies were negotiated before")
+        self._structured = True
+        self._reply(Option.STRUCTURED_REPLY, OptionReply.ACK)
+
+    def _ask_contexts(self, option: int, data: bytes) -> None:
+        """A SET that fails, for whatever reason, leaves nothing selected."""
+        selecting = option == Option.SET_META_CONTEXT
+        if selecting:
+            self._allocation_of = None
+            if not self._structured:
+                raise _InvalidOption("SET_META_CONTEXT needs structured replies first")
+        name, queries = _name_and_queries(data)
+        everything = not selecting and (not queries or wire.BASE_NAMESPACE in queries)
+        found = everything or wire.ALLOCATION_CONTEXT in queries
+        contexts = (wire.ALLOCATION_CONTEXT,) if found else ()
+        self._ask(_Pending(option, name=name, contexts=contexts), ContextsRequested(name))
 
     def _ask(self, pending: _Pending, event: Event) -> None:
         self._pending = pending
@@ -278,7 +357,7 @@ class Handshake:
             sizes = (BLOCK_BYTES_MIN, BLOCK_BYTES_PREFERRED, PAYLOAD_BYTES_MAX)
             block_size = wire.INFO_BLOCK_SIZE.pack(Info.BLOCK_SIZE, *sizes)
             self._reply(option, OptionReply.INFO, block_size)
-        flags = transmission_flags(export)
+        flags = transmission_flags(export, structured=self._structured)
         size = wire.INFO_EXPORT.pack(Info.EXPORT, export.size_bytes, flags)
         self._reply(option, OptionReply.INFO, size)
         self._reply(option, OptionReply.ACK)
@@ -318,6 +397,39 @@ def _name_and_infos(data: bytes) -> tuple[str, frozenset[int]]:
         raise _InvalidOption("the count of information requests does not match the option's length")
     name = _name(data[wire.NAME_LENGTH.size : name_end])
     return name, frozenset(kind for (kind,) in wire.INFO_KIND.iter_unpack(kinds))
+
+
+def _name_and_queries(data: bytes) -> tuple[str, set[str]]:
+    """The data of LIST_ and SET_META_CONTEXT: name, count, queries.  Raises _InvalidOption.
+
+    Queries that name no context of ours, in whatever namespace, are ignored.
+    """
+    name_encoded, at = _counted(data, 0, "export name")
+    if len(data) - at < wire.QUERY_COUNT.size:
+        raise _InvalidOption("the option's data is too short")
+    (count,) = wire.QUERY_COUNT.unpack_from(data, at)
+    at += wire.QUERY_COUNT.size
+    queries = set()
+    while count and at < len(data):
+        query, at = _counted(data, at, "query")
+        if len(query) > wire.STRING_BYTES_MAX:
+            raise _InvalidOption(f"a query is longer than {wire.STRING_BYTES_MAX} bytes")
+        queries.add(query.decode("utf-8", "replace"))
+        count -= 1
+    if count or at != len(data):
+        raise _InvalidOption("the count of queries does not match the option's length")
+    return _name(name_encoded), queries
+
+
+def _counted(data: bytes, at: int, what: str) -> tuple[bytes, int]:
+    """A length and so many bytes, and where the next field is.  Raises _InvalidOption."""
+    if len(data) - at < wire.NAME_LENGTH.size:
+        raise _InvalidOption("the option's data is too short")
+    (length_bytes,) = wire.NAME_LENGTH.unpack_from(data, at)
+    at += wire.NAME_LENGTH.size
+    if length_bytes > len(data) - at:
+        raise _InvalidOption(f"the {what} is longer than the option")
+    return data[at : at + length_bytes], at + length_bytes
 
 
 def _own_string(text: str) -> bytes:

@@ -6,7 +6,7 @@ slow is not the client's fault, and the client hears of it.  No await between th
 handover: once the client has its answer, the engine has its socket.
 
 Happy path:
-    serve_unix(path) -> accept -> negotiate -> exports.open -> reply -> handover(sock, received)
+    serve_unix(path) -> accept -> negotiate -> exports.open -> reply -> handover(socket, ...)
 Failure modes:
     client breaks the protocol or stalls       -> it is cut off; counted, logged once per kind
     too many handshakes                        -> more wait in the listen backlog
@@ -26,6 +26,7 @@ from typing import Final, TypeVar
 from millpond.cache.exports import ExportError, Exports, OpenExport
 from millpond.nbd.errors import ProtocolError
 from millpond.nbd.handshake import (
+    ContextsRequested,
     DescribeRequested,
     Ended,
     Event,
@@ -199,6 +200,9 @@ class _Negotiation:
             if isinstance(event, DescribeRequested):
                 export = await self._export(self._exports.describe(event.name))
                 self._handshake.answer_describe(export)
+            elif isinstance(event, ContextsRequested):
+                await self._export(self._exports.describe(event.name))
+                self._handshake.answer_contexts()
             elif isinstance(event, ListRequested):
                 self._handshake.answer_list(self._exports.names())
         except ExportError as error:
@@ -215,7 +219,7 @@ class _Negotiation:
         except BaseException:
             await opened.release()
             raise
-        opened.handover(self._sock, leftover)
+        opened.handover(self._sock, leftover, self._handshake.agreed)
         assert self._sock.fileno() == -1, "handover must detach the socket"
 
     async def _export(self, call: Awaitable[_T]) -> _T:

@@ -14,6 +14,7 @@ OPTION_MAGIC: Final = 0x49484156454F5054  # "IHAVEOPT"
 OPTION_REPLY_MAGIC: Final = 0x3E889045565A9
 REQUEST_MAGIC: Final = 0x25609513
 SIMPLE_REPLY_MAGIC: Final = 0x67446698
+CHUNK_MAGIC: Final = 0x668E33EF
 
 
 class HandshakeFlag(IntFlag):
@@ -109,6 +110,24 @@ class CommandFlag(IntFlag):
     PAYLOAD_LEN = 1 << 5
 
 
+class Chunk(IntEnum):
+    """Types of structured reply chunks; those with bit 15 are errors."""
+
+    NONE = 0
+    OFFSET_DATA = 1
+    OFFSET_HOLE = 2
+    BLOCK_STATUS = 5
+    ERROR = 1 << 15 | 1
+    ERROR_OFFSET = 1 << 15 | 2
+
+
+class Allocation(IntFlag):
+    """Of a descriptor of base:allocation; 0, data, is always a safe answer."""
+
+    HOLE = 1 << 0
+    ZERO = 1 << 1
+
+
 class Error(IntEnum):
     """The only error numbers that may go on the wire."""
 
@@ -133,9 +152,20 @@ INFO_COUNT: Final = Struct(">H")  # in INFO and GO: how many info kinds follow, 
 INFO_EXPORT: Final = Struct(">HQH")  # kind, size, transmission flags
 INFO_KIND: Final = Struct(">H")  # before the string of NAME and DESCRIPTION
 INFO_BLOCK_SIZE: Final = Struct(">HIII")  # kind, minimum, preferred, maximal payload
+CONTEXT_ID: Final = Struct(">I")  # before the name of a context
+QUERY_COUNT: Final = Struct(">I")  # behind the export's name in LIST_ and SET_META_CONTEXT
 REQUEST: Final = Struct(">IHHQQI")  # magic, flags, command, cookie, offset, length
 SIMPLE_REPLY: Final = Struct(">IIQ")  # magic, error, cookie
+CHUNK: Final = Struct(">IHHQI")  # magic, flags, type, cookie, length
+CHUNK_OFFSET: Final = Struct(">Q")  # in OFFSET_DATA, before the data
+CHUNK_HOLE: Final = Struct(">QI")  # offset, length
+CHUNK_ERROR: Final = Struct(">IH")  # error, length of the message
+CHUNK_DONE: Final = 1  # flag: the last chunk of a reply
+STATUS_DESCRIPTOR: Final = Struct(">II")  # length, enum Allocation; behind the context's id
 
+BASE_NAMESPACE: Final = "base:"
+ALLOCATION_CONTEXT: Final = "base:allocation"
+ALLOCATION_CONTEXT_ID: Final = 1  # the engine answers with it
 EXPORT_NAME_ZEROES: Final = bytes(124)  # behind EXPORT_NAME_REPLY unless NO_ZEROES was agreed
 STRING_BYTES_MAX: Final = 4096  # of every string on the wire: a MUST of the protocol
 
@@ -148,3 +178,4 @@ assert INFO_EXPORT.size == 12
 assert INFO_BLOCK_SIZE.size == 14
 assert REQUEST.size == 28
 assert SIMPLE_REPLY.size == 16
+assert CHUNK.size == 20

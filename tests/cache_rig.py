@@ -22,6 +22,7 @@ import store_daemon
 from millpond.cache.chance import Chance
 from millpond.cache.daemon import CacheConfig, CacheDaemon
 from millpond.cache.device import format_cache
+from millpond.cache.exports import Agreed
 from millpond.cache.shaping import RateLimits
 from millpond.cache.volumes import Volume
 from millpond.native import ffi, lib
@@ -106,7 +107,7 @@ class Cache:
         opened = await self.daemon.exports.open(name)
         ours, theirs = socket.socketpair()
         theirs.setblocking(False)
-        opened.handover(theirs, b"")
+        opened.handover(theirs, b"", Agreed())
         guest = Guest(ours, opened.export.size_bytes)
         self._guests.append(guest)
         return guest

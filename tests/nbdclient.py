@@ -37,6 +37,9 @@ from millpond.nbd.wire import (
     OptionReply,
     TransmissionFlag,
 )
+from nbdchunks import Chunked, Reply, Request
+
+__all__ = ["Reply", "Request"]
 
 _RECEIVE_BYTES = 1 << 20
 
@@ -61,33 +64,6 @@ class OptionRefused(Exception):
 
 class ConnectionLost(Exception):
     """The connection ended while something was expected on it."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What was sent, payload too: an unanswered write may have done it, wholly or in part."""
-
-    cookie: int
-    command: int
-    offset: int
-    length_bytes: int
-    flags: int
-    payload: bytes = b""
-
-    def __str__(self) -> str:
-        return (
-            f"command {self.command} flags {self.flags:#x} at {self.offset}+{self.length_bytes}"
-            f" cookie {self.cookie}"
-        )
-
-
-@dataclass(frozen=True)
-class Reply:
-    """An answer; data only of a READ without error."""
-
-    request: Request
-    error: int
-    data: bytes
 
 
 @dataclass(frozen=True)
@@ -133,6 +109,8 @@ def connect(
     *,
     export: str | None = None,
     option: Literal["go", "export_name"] = "go",
+    structured: bool = False,
+    allocation: bool = False,
     timeout_s: float = 30.0,
 ) -> "NbdClient":
     """Connect and negotiate one export; the URI's, unless named."""
@@ -141,6 +119,10 @@ def connect(
     try:
         negotiation = Negotiation(sock)
         negotiation.greet()
+        if structured or allocation:
+            negotiation.structured_replies()
+        if allocation:
+            assert negotiation.set_contexts(name, "base:allocation") == {"base:allocation": 1}
         if option == "go":
             negotiation.go(name)
         else:
@@ -157,6 +139,7 @@ class Negotiation:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self.zeroes = True
+        self.structured = False
         self.size_bytes = 0
         self.flags = TransmissionFlag(0)
         self.name: str | None = None
@@ -192,6 +175,27 @@ class Negotiation:
         assert magic == wire.OPTION_REPLY_MAGIC
         assert echoed == option
         return reply, self.receive(length_bytes)
+
+    def structured_replies(self) -> None:
+        """STRUCTURED_REPLY, acknowledged."""
+        self.send_option(Option.STRUCTURED_REPLY)
+        assert list(self._until_ack(Option.STRUCTURED_REPLY, OptionReply.INFO)) == []
+        self.structured = True
+
+    def set_contexts(self, name: str, *queries: str) -> dict[str, int]:
+        """SET_META_CONTEXT: names and numbers of the selected ones."""
+        return self._contexts(Option.SET_META_CONTEXT, name, queries)
+
+    def list_contexts(self, name: str, *queries: str) -> list[str]:
+        """LIST_META_CONTEXT: the names."""
+        return list(self._contexts(Option.LIST_META_CONTEXT, name, queries))
+
+    def _contexts(self, option: Option, name: str, queries: tuple[str, ...]) -> dict[str, int]:
+        self.send_option(option, contexts_data(name, *queries))
+        found = {}
+        for data in self._until_ack(option, OptionReply.META_CONTEXT):
+            (found[data[4:].decode()],) = wire.CONTEXT_ID.unpack_from(data)
+        return found
 
     def list_exports(self) -> list[str]:
         """The names of all exports."""
@@ -260,6 +264,14 @@ def info_data(name: str, *kinds: int) -> bytes:
     return data + b"".join(wire.INFO_KIND.pack(kind) for kind in kinds)
 
 
+def contexts_data(name: str, *queries: str) -> bytes:
+    """The data of LIST_META_CONTEXT and SET_META_CONTEXT."""
+    strings = [text.encode() for text in (name, *queries)]
+    counted = [wire.NAME_LENGTH.pack(len(text)) + text for text in strings]
+    counted.insert(1, wire.QUERY_COUNT.pack(len(queries)))
+    return b"".join(counted)
+
+
 class NbdClient:
     """A connection in its transmission phase."""
 
@@ -269,6 +281,7 @@ class NbdClient:
         self.socket = sock
         self.size_bytes = negotiation.size_bytes
         self.flags = negotiation.flags
+        self.structured = negotiation.structured
         self.block_sizes = negotiation.block_sizes
         self.name = negotiation.name
         self.timeout_s = timeout_s
@@ -277,6 +290,7 @@ class NbdClient:
         self._cookie = 0
         self._received = bytearray()
         self._replies: deque[Reply] = deque()
+        self._chunked: dict[int, Chunked] = {}  # structured replies that are not whole yet
         sock.setblocking(False)
 
     def __enter__(self) -> "NbdClient":
@@ -315,6 +329,17 @@ class NbdClient:
         """Write zeroes and wait."""
         flags = _fua(fua) | (CommandFlag.NO_HOLE if no_hole else 0)
         self._call(Command.WRITE_ZEROES, offset, length_bytes, flags)
+
+    def cache(self, offset: int, length_bytes: int) -> None:
+        """Prefetch and wait."""
+        self._call(Command.CACHE, offset, length_bytes, 0)
+
+    def block_status(
+        self, offset: int, length_bytes: int, *, req_one: bool = False
+    ) -> tuple[tuple[int, int], ...]:
+        """Extents of base:allocation: length and flags."""
+        flags = CommandFlag.REQ_ONE if req_one else 0
+        return self._call(Command.BLOCK_STATUS, offset, length_bytes, flags).extents
 
     # Many requests at a time.
 
@@ -460,26 +485,58 @@ class NbdClient:
         return True
 
     def _parse(self) -> None:
-        """Whole replies out of what was received."""
-        header = wire.SIMPLE_REPLY
+        """Whole replies, and whole chunks, out of what was received."""
         start = 0
-        while len(self._received) - start >= header.size:
-            magic, error, cookie = header.unpack_from(self._received, start)
-            assert magic == wire.SIMPLE_REPLY_MAGIC, f"reply magic {magic:#x}"
-            assert cookie in self.in_flight, f"a reply to nothing: cookie {cookie}"
-            request = self.in_flight[cookie][0]
-            end = start + header.size
-            if request.command == Command.READ and not error:
-                end += request.length_bytes
-            if len(self._received) < end:
+        while len(self._received) - start >= wire.SIMPLE_REPLY.size:
+            (magic,) = struct.unpack_from(">I", self._received, start)
+            assert magic in (wire.SIMPLE_REPLY_MAGIC, wire.CHUNK_MAGIC), f"reply magic {magic:#x}"
+            parse = self._parse_chunk if magic == wire.CHUNK_MAGIC else self._parse_simple
+            end = parse(start)
+            if end is None:
                 break
-            data = bytes(self._received[start + header.size : end])
-            self._replies.append(Reply(request, error, data))
-            self.in_flight[cookie].popleft()
-            if not self.in_flight[cookie]:
-                del self.in_flight[cookie]
             start = end
         del self._received[:start]
+
+    def _parse_simple(self, start: int) -> int | None:
+        """Where the next reply begins; None: this one is not whole."""
+        header = wire.SIMPLE_REPLY
+        _, error, cookie = header.unpack_from(self._received, start)
+        request = self._request_of(cookie)
+        end = start + header.size
+        if request.command == Command.READ and not error:
+            end += request.length_bytes
+        if len(self._received) < end:
+            return None
+        assert not self.structured or request.command not in (Command.READ, Command.BLOCK_STATUS)
+        self._finish(Reply(request, error, bytes(self._received[start + header.size : end])))
+        return end
+
+    def _parse_chunk(self, start: int) -> int | None:
+        header = wire.CHUNK
+        if len(self._received) - start < header.size:
+            return None
+        _, flags, kind, cookie, length_bytes = header.unpack_from(self._received, start)
+        end = start + header.size + int(length_bytes)
+        assert self.structured and length_bytes < 80 << 20
+        if len(self._received) < end:
+            return None
+        request = self._request_of(cookie)
+        chunked = self._chunked.setdefault(cookie, Chunked(request))
+        chunked.add(kind, bytes(self._received[start + header.size : end]))
+        if flags & wire.CHUNK_DONE:
+            self._finish(self._chunked.pop(cookie).reply())
+        return end
+
+    def _request_of(self, cookie: int) -> Request:
+        assert cookie in self.in_flight, f"a reply to nothing: cookie {cookie}"
+        return self.in_flight[cookie][0]
+
+    def _finish(self, reply: Reply) -> None:
+        self._replies.append(reply)
+        cookie = reply.request.cookie
+        self.in_flight[cookie].popleft()
+        if not self.in_flight[cookie]:
+            del self.in_flight[cookie]
 
     def _poll(self, events: int) -> None:
         poller = select.poll()

@@ -22,13 +22,13 @@ def millpond(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Millpond]:
         assert running.alive(), f"millpond up died:\n{running.log()}"
 
 
-@pytest.fixture
-def connect(millpond: Millpond) -> Iterator[Connect]:
+@pytest.fixture(params=["simple", "structured"])
+def connect(millpond: Millpond, request: pytest.FixtureRequest) -> Iterator[Connect]:
     """Make clients; they are closed behind the test, and the server must then still serve."""
     clients = []
 
     def make() -> nbdclient.NbdClient:
-        clients.append(nbdclient.connect(millpond.uri))
+        clients.append(nbdclient.connect(millpond.uri, allocation=request.param == "structured"))
         return clients[-1]
 
     yield make

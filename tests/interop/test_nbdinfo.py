@@ -38,10 +38,9 @@ def test_size_alone(millpond: Millpond, run: Run) -> None:
 
 
 def test_can_answers_by_exit_code(millpond: Millpond, run: Run) -> None:
-    for able in ("connect", "read", "write", "flush", "fua", "trim", "zero", "multi-conn"):
+    usual = ("connect", "read", "write", "flush", "fua", "trim", "zero", "multi-conn")
+    for able in (*usual, "df", "structured-reply", "cache", "fast-zero"):
         run("nbdinfo", "--can", able, millpond.uri)
-    for unable in ("df", "structured-reply"):
-        run("nbdinfo", "--can", unable, millpond.uri, code=2)
     run("nbdinfo", "--is", "read-only", millpond.uri, code=2)
 
 
@@ -63,6 +62,5 @@ def test_unknown_export_is_refused_with_a_reason(millpond: Millpond, run: Run) -
     assert "no-such-volume" in done.stderr
 
 
-def test_map_is_refused_politely_without_structured_replies(millpond: Millpond, run: Run) -> None:
-    done = run("nbdinfo", "--map", millpond.uri, code=1)
-    assert "does not support metadata context" in done.stderr
+def test_context_is_listed(millpond: Millpond, run: Run) -> None:
+    assert described(run, millpond.uri)["contexts"] == ["base:allocation"]

@@ -10,6 +10,7 @@ from millpond.cache.exports import Export
 from millpond.nbd import wire
 from millpond.nbd.errors import ProtocolError
 from millpond.nbd.handshake import (
+    ContextsRequested,
     DescribeRequested,
     Ended,
     Event,
@@ -23,8 +24,9 @@ from millpond.nbd.wire import Info, Option, OptionReply
 VOLUME = Export("vol", 1 << 40, False, "a disk")
 READ_ONLY = Export("ro", 12345, True, "")
 FIXED = wire.CLIENT_FLAGS.pack(3)
-WRITABLE_FLAGS = 0b101101101  # HAS_FLAGS, FLUSH, FUA, TRIM, WRITE_ZEROES, MULTI_CONN
-READ_ONLY_FLAGS = 0b100001111  # HAS_FLAGS, READ_ONLY, FLUSH, FUA, MULTI_CONN
+# HAS_FLAGS, FLUSH, FUA, TRIM, WRITE_ZEROES, MULTI_CONN, CACHE, FAST_ZERO
+WRITABLE_FLAGS = 0b110101101101
+READ_ONLY_FLAGS = 0b10100001111  # HAS_FLAGS, READ_ONLY, FLUSH, FUA, MULTI_CONN, CACHE
 
 
 def option(number: int, data: bytes = b"") -> bytes:
@@ -71,9 +73,11 @@ def answer(handshake: Handshake, event: Event) -> bytes | None:
     exports = {export.name: export for export in (VOLUME, READ_ONLY)}
     if isinstance(event, ListRequested):
         handshake.answer_list(exports)
-    elif isinstance(event, DescribeRequested | OpenRequested):
+    elif isinstance(event, DescribeRequested | OpenRequested | ContextsRequested):
         if event.name not in exports:
             handshake.refuse("unknown", "no such volume")
+        elif isinstance(event, ContextsRequested):
+            handshake.answer_contexts()
         elif isinstance(event, DescribeRequested):
             handshake.answer_describe(exports[event.name])
         else:
@@ -220,9 +224,6 @@ def test_abort_is_acknowledged_whatever_it_carries() -> None:
     [
         Option.PEEK_EXPORT,
         Option.STARTTLS,
-        Option.STRUCTURED_REPLY,
-        Option.LIST_META_CONTEXT,
-        Option.SET_META_CONTEXT,
         Option.EXTENDED_HEADERS,
         0,
         12,
