@@ -7,7 +7,12 @@ import typer
 from millpond.cache.chance import Chance
 from millpond.cache.daemon import CacheConfig, CacheDaemon
 from millpond.cache.device import format_cache
+from millpond.cache.settings import VolumeSettings
+from millpond.cache.shaping import RateLimits
+from millpond.cli.configfile import load, rates_of, settings_of, volumes_of
+from millpond.cli.configtypes import CACHE_FILE, CacheFile, ControlTable, NbdTable
 from millpond.cli.foreground import (
+    Socket,
     StopSignals,
     expected_errors,
     log_to_stderr,
@@ -16,7 +21,7 @@ from millpond.cli.foreground import (
     serve_cache,
 )
 from millpond.cli.output import parse_size, print_json
-from millpond.cli.run import run
+from millpond.cli.run import USAGE, CommandError, run
 from millpond.cli.status import cache_list, cache_status
 
 app = typer.Typer(
@@ -68,11 +73,18 @@ def format_device(
 
 @app.command("serve")
 def serve(
-    device: Annotated[str, typer.Argument(help="a formatted cache device", metavar="DEVICE")],
+    device: Annotated[
+        str | None, typer.Argument(help="a formatted cache device", metavar="[DEVICE]")
+    ] = None,
+    config_file: Annotated[
+        str | None,
+        typer.Option("--config", help=f"default without DEVICE: {CACHE_FILE}", metavar="FILE"),
+    ] = None,
     store: Annotated[
-        list[str], typer.Option("--store", envvar="MILLPOND_STORE", help="address; repeatable")
-    ],
-    nbd: Annotated[str, typer.Option("--nbd", help="unix socket for guests")],
+        list[str] | None,
+        typer.Option("--store", envvar="MILLPOND_STORE", help="address of a store; repeat"),
+    ] = None,
+    nbd: Annotated[str | None, typer.Option("--nbd", help="unix socket for guests")] = None,
     control: Annotated[
         str | None, typer.Option("--control", help="unix socket for `millpond status`")
     ] = None,
@@ -82,24 +94,58 @@ def serve(
     peak_rate: Annotated[
         str | None, typer.Option("--peak-rate", help="of destage in any second, bytes/s")
     ] = None,
-    read_only: Annotated[bool, typer.Option("--read-only", help="guests may not write")] = False,
-    name: Annotated[str, typer.Option("--name", help="of this cache, in logs")] = "cache",
+    read_only: Annotated[
+        bool | None, typer.Option("--read-only", help="guests may not write", show_default=False)
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="of this cache, in logs")] = None,
 ) -> None:
-    """Serve every volume of one or several stores over NBD until SIGTERM or SIGINT."""
-    rates = parse_rates(average_rate, peak_rate)
+    """Serve every volume of the stores over NBD until SIGTERM or SIGINT.
+
+    What is not given here comes from the configuration file, when one is used.
+    """
+    if config_file is None and device is None:
+        config_file = CACHE_FILE
+    file = load(config_file, CacheFile) if config_file is not None else None
+    cache_table = file.cache if file is not None else None
+    device = device or (cache_table.device if cache_table else None)
+    stores = store or (cache_table.stores if cache_table else None)
+    nbd_socket = _socket(nbd, file.nbd if file else None)
+    if device is None or not stores or nbd_socket is None:
+        raise CommandError(
+            "give DEVICE, --store and --nbd, or a configuration file", exit_code=USAGE
+        )
+    rates = rates_of(file.rates.average, file.rates.peak) if file else RateLimits()
+    config = CacheConfig(
+        stores=tuple(stores),
+        host_rates=parse_rates(average_rate, peak_rate, rates),
+        name=name or (cache_table.name if cache_table else "cache"),
+        read_only=read_only
+        if read_only is not None
+        else cache_table is not None and cache_table.read_only,
+        defaults=settings_of(file.defaults) if file is not None else VolumeSettings(),
+        volumes=volumes_of(file) if file is not None else {},
+    )
     log_to_stderr()
-    config = CacheConfig(stores=tuple(store), host_rates=rates, name=name, read_only=read_only)
     with expected_errors():
-        run(_serve(device, config, nbd, control))
+        run(_serve(device, config, nbd_socket, _socket(control, file.control if file else None)))
 
 
-async def _serve(device: str, config: CacheConfig, nbd_path: str, control_path: str | None) -> None:
+def _socket(path: str | None, table: NbdTable | ControlTable | None) -> Socket | None:
+    """The path of the command line wins; permissions are the file's."""
+    if table is None:
+        return Socket(path) if path is not None else None
+    return Socket(path or table.socket, mode=table.mode, group=table.group)
+
+
+async def _serve(
+    device: str, config: CacheConfig, nbd_socket: Socket, control_socket: Socket | None
+) -> None:
     signals = StopSignals()
     daemon = await CacheDaemon.start(device, config)
     await serve_cache(
         daemon,
-        nbd_path=nbd_path,
-        control_path=control_path,
+        nbd_socket=nbd_socket,
+        control_socket=control_socket,
         signals=signals,
-        ready_lines=[nbd_uri(nbd_path)],
+        ready_lines=[nbd_uri(nbd_socket.path)],
     )

@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Awaitable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from urllib.parse import quote
 
 from millpond.cache.control import ControlServer
@@ -28,6 +29,7 @@ from millpond.cli.output import parse_size
 from millpond.cli.run import BUSY, FAILED, NOT_FOUND, UNREACHABLE, USAGE, CommandError
 from millpond.nbd.errors import NbdError
 from millpond.nbd.server import NbdServer
+from millpond.store.unixsocket import SOCKET_MODE
 
 
 def log_to_stderr() -> None:
@@ -85,11 +87,20 @@ async def first_of(*waits: Awaitable[object]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+@dataclass(frozen=True)
+class Socket:
+    """A unix socket to listen on."""
+
+    path: str
+    mode: int = SOCKET_MODE
+    group: str | None = None
+
+
 async def serve_cache(
     daemon: CacheDaemon,
     *,
-    nbd_path: str,
-    control_path: str | None,
+    nbd_socket: Socket,
+    control_socket: Socket | None,
     signals: StopSignals,
     ready_lines: Sequence[str],
     also: Sequence[Awaitable[object]] = (),
@@ -98,9 +109,11 @@ async def serve_cache(
     nbd = NbdServer(daemon.exports, engine_connections=lambda: daemon.connection_count)
     control = ControlServer(handlers_of(daemon, signals.ask), daemon.tasks)
     try:
-        if control_path is not None:
-            await control.listen(control_path)
-        await nbd.serve_unix(nbd_path)
+        if control_socket is not None:
+            await control.listen(
+                control_socket.path, mode=control_socket.mode, group=control_socket.group
+            )
+        await nbd.serve_unix(nbd_socket.path, mode=nbd_socket.mode, group=nbd_socket.group)
         for line in ready_lines:
             print(line, flush=True)
         await first_of(signals.wait(), _failed(daemon), *also)
@@ -123,12 +136,15 @@ def nbd_uri(socket_path: str) -> str:
     return f"nbd+unix:///?socket={quote(socket_path)}"
 
 
-def parse_rates(average: str | None, peak: str | None) -> RateLimits:
-    """--average-rate and --peak-rate, in bytes per second like 20MiB."""
+def parse_rates(
+    average: str | None, peak: str | None, otherwise: RateLimits | None = None
+) -> RateLimits:
+    """--average-rate and --peak-rate, in bytes per second like 20MiB, or what is in force else."""
+    otherwise = otherwise or RateLimits()
     try:
         return RateLimits(
-            parse_size(average) if average is not None else None,
-            parse_size(peak) if peak is not None else None,
+            parse_size(average) if average is not None else otherwise.average_bytes_per_s,
+            parse_size(peak) if peak is not None else otherwise.peak_bytes_per_s,
         )
     except ValueError as error:
         raise CommandError(str(error), exit_code=USAGE) from None

@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from millpond.cli import cache, flush, status, store, up, volume
+from millpond.cli import cache, config, flush, status, store, up, volume
 from millpond.cli.run import FAILED, USAGE, CommandError, complain
 from millpond.store.daemon import own_version
 from millpond.store.errors import StoreError
@@ -21,6 +21,7 @@ MODULES = (
     volume,
     store,
     cache,
+    config,
     status,
     flush,
 )

@@ -6,8 +6,11 @@ import signal
 import sys
 from typing import Annotated
 
+import msgspec
 import typer
 
+from millpond.cli.configfile import load
+from millpond.cli.configtypes import STORE_FILE, StoreFile, StoreTable
 from millpond.cli.output import format_size, print_fields, print_json
 from millpond.cli.run import run
 from millpond.cli.volume import DirOption, JsonOption, StoreOption, call_store
@@ -33,25 +36,45 @@ def store() -> None:
 
 @app.command("serve")
 def serve(
-    directory: Annotated[str, typer.Argument(help="where the store lives", metavar="DIR")],
+    directory: Annotated[
+        str | None, typer.Argument(help="where the store lives", metavar="[DIR]")
+    ] = None,
+    config_file: Annotated[
+        str | None,
+        typer.Option("--config", help=f"default without DIR: {STORE_FILE}", metavar="FILE"),
+    ] = None,
     listen: Annotated[
         list[str] | None,
         typer.Option("--listen", help="besides DIR/store.sock: HOST:PORT or unix:/path; repeat"),
     ] = None,
     insecure_listen: Annotated[
-        bool, typer.Option("--insecure-listen", help="allow TCP that others can reach")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--insecure-listen", help="allow TCP that others can reach", show_default=False
+        ),
+    ] = None,
     format_new: Annotated[
         bool, typer.Option("--format", help="make a new store in DIR when it holds none")
     ] = False,
 ) -> None:
-    """Serve the store in DIR until SIGTERM or SIGINT."""
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO, stream=sys.stderr)
-    run(
-        _serve(
-            directory, listen or [], insecure_listen=insecure_listen, format_when_empty=format_new
-        )
+    """Serve the store in DIR until SIGTERM or SIGINT.
+
+    What is not given here comes from the configuration file, when one is used.
+    """
+    if config_file is None and directory is None:
+        config_file = STORE_FILE
+    if config_file is not None:
+        table = load(config_file, StoreFile).store
+    else:
+        table = StoreTable(directory=directory or "")
+    table = msgspec.structs.replace(
+        table,
+        directory=directory or table.directory,
+        listen=listen or table.listen,
+        insecure_listen=table.insecure_listen if insecure_listen is None else insecure_listen,
     )
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO, stream=sys.stderr)
+    run(_serve(table, format_when_empty=format_new))
 
 
 @app.command("status")
@@ -80,18 +103,18 @@ def status(
     )
 
 
-async def _serve(
-    directory: str, listen: list[str], *, insecure_listen: bool, format_when_empty: bool
-) -> None:
+async def _serve(table: StoreTable, *, format_when_empty: bool) -> None:
     daemon = await StoreDaemon.start(
-        directory,
-        listen=listen,
-        insecure_listen=insecure_listen,
+        table.directory,
+        listen=table.listen,
+        insecure_listen=table.insecure_listen,
         format_when_empty=format_when_empty,
+        unix_mode=table.socket_mode,
+        unix_group=table.socket_group,
     )
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, daemon.request_stop)
     addresses = " ".join(str(address) for address in daemon.addresses)
-    print(f"serving {directory} at {addresses}", flush=True)
+    print(f"serving {table.directory} at {addresses}", flush=True)
     await daemon.serve()

@@ -26,6 +26,7 @@ from millpond.cache.daemon import CacheConfig, CacheDaemon
 from millpond.cache.device import format_cache, sync_directory
 from millpond.cache.errors import escaped
 from millpond.cli.foreground import (
+    Socket,
     StopSignals,
     expected_errors,
     log_to_stderr,
@@ -307,8 +308,8 @@ async def _serve(
         raise
     await serve_cache(
         daemon,
-        nbd_path=place.nbd_socket,
-        control_path=place.control_socket,
+        nbd_socket=Socket(place.nbd_socket),
+        control_socket=Socket(place.control_socket),
         signals=signals,
         ready_lines=ready_lines(place.nbd_socket),
         also=[asyncio.shield(serving_store)],
