@@ -130,13 +130,11 @@ class CacheDaemon:
             self.tasks.spawn(self._give_back_leftovers(node), f"give-back-leftovers-{node.index}")
 
     def pump(self) -> None:
-        """The engine has events or frames for us; an exception in here is ours and ends us."""
+        """The engine has events for us; an exception in here is ours and ends us."""
         try:
             if self._notify_fd is not None:
                 self.engine.clear_notification()
             self.events.pump()
-            for node in self.nodes:
-                node.fetch.pump()
         except Exception as error:
             log.exception("event pump died")
             self._fail(f"{type(error).__name__}: {error}")
@@ -176,7 +174,7 @@ class CacheDaemon:
         return clean
 
     async def _stop_engine(self) -> bool:
-        """Let the engine finish; its last fetches still need the event loop."""
+        """Let the engine finish; its last fetches still need their connections."""
         self.engine.request_stop()
         await self._wait_for(asyncio.shield(self.events.stopped), limits.STOP_ENGINE_S)
         return self.events.stopped.done()
@@ -255,7 +253,7 @@ class CacheDaemon:
         self.events.on(EngineFailed, lambda event: self._fail(f"engine: {event.message}"))
 
     def _on_link_broken(self, event: LinkBroken) -> None:
-        self.nodes[event.cookie].fetch.broken(event.message)
+        self.nodes[event.cookie >> 32].fetch.broken(event)
 
     def _on_connection_closed(self, event: ConnectionClosed) -> None:
         volume = self._connections.pop(event.cookie, None)

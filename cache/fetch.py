@@ -1,21 +1,17 @@
-"""Misses: complete READ frames from the engine to a store, reply bytes back into the engine.
+"""Misses: the fetch connection to one store, made here and served by the engine.
 
-Frames are built and parsed in C; Python carries bytes, one call per wake-up however many requests
-they hold, and makes no object per request.
+Rules: this room connects, says HELLO and hands the socket to the engine; READ frames and their
+replies never pass through Python (native/README-engine.md has the measurement).
 
-Happy path: notification -> pump -> take_fetch -> write; reply bytes -> feed_fetch, straight from
-the connection's receive buffer.
-Failure modes: connection lost: the engine keeps what is outstanding and sends it again after the
-next `link up`; a malformed or damaged reply (LinkBroken): the connection is dropped, counted, and
-what is outstanding is asked for again on a new one.
+Happy path: run() connects -> up() hands over -> LinkBroken when it ends -> run() connects again.
+Failure modes: connection lost: the engine keeps what is outstanding and sends it again on the next
+one; a malformed or damaged reply: the same, counted.
 """
 
-import asyncio
+import errno
 
 from millpond.cache.links import Identity, Stream
-from millpond.native.engine import Engine
-from millpond.store.client import DataLink
-from millpond.store.errors import ProtocolError, Unreachable
+from millpond.native.engine import Engine, LinkBroken
 
 
 class FetchStream(Stream):
@@ -26,52 +22,40 @@ class FetchStream(Stream):
     def __init__(self, address: str, identity: Identity, *, engine: Engine, store: int) -> None:
         super().__init__(address, identity)
         self.protocol_errors = 0
-        self.sent_bytes = 0
-        self.received_bytes = 0
         self._engine = engine
         self._store = store
-        self._draining: asyncio.Task[None] | None = None
+        self._early = bytearray()  # what came before the engine has the socket
+
+    @property
+    def sent_bytes(self) -> int:
+        """READ frames, over all connections."""
+        return self._engine.fetch_bytes(self._store)[0]
+
+    @property
+    def received_bytes(self) -> int:
+        """Replies, over all connections."""
+        return self._engine.fetch_bytes(self._store)[1]
+
+    @property
+    def _cookie(self) -> int:
+        return self._store << 32 | self.connects
 
     def up(self) -> None:
-        self._engine.link(self._store, up=True)  # its frames come with the next notification
+        assert self._link is not None
+        fd = self._link.detach()
+        early, self._early = self._early, bytearray()
+        self._engine.fetch_open(self._store, fd, received=early, cookie=self._cookie)
 
     def down(self, reason: str) -> None:
-        if self._draining is not None:
-            self._draining.cancel()
-            self._draining = None
-        self._engine.link(self._store, up=False)
+        self._early.clear()
+        self._engine.fetch_close(self._store)
 
     def received(self, data: memoryview) -> None:
-        self.received_bytes += len(data)
-        if self._link is None:
-            return  # given up already: the engine must not see bytes of two connections
-        if not self._engine.feed_fetch(self._store, data):
-            raise ProtocolError(f"the store at {self.address} sent a malformed READ_REPLY")
+        self._early += data
 
-    def broken(self, reason: str) -> None:
-        """The engine cannot make sense of the replies."""
-        self.protocol_errors += 1
-        self.drop(reason)
-
-    def pump(self) -> None:
-        """Send what the engine wants fetched, as far as the connection takes it."""
-        link = self._link
-        if link is None or self._draining is not None:
+    def broken(self, event: LinkBroken) -> None:
+        """The engine has closed a connection; perhaps one that is none of ours, or over already."""
+        if event.cookie != self._cookie:
             return
-        while self._engine.fetch_pending(self._store):
-            if not link.writable:
-                self._draining = asyncio.get_running_loop().create_task(self._resume(link))
-                return
-            frames = self._engine.take_fetch(self._store)
-            if not frames:
-                return
-            self.sent_bytes += len(frames)
-            link.write(frames)
-
-    async def _resume(self, link: DataLink) -> None:
-        try:
-            await link.drain()
-        except Unreachable:
-            return  # on_lost follows: down() clears the way for the next connection
-        self._draining = None
-        self.pump()
+        self.protocol_errors += event.status == -errno.EPROTO
+        self.drop(f"lost the store at {self.address}: {event.message}")

@@ -28,8 +28,12 @@ enum {
 	RANGE_BLOCKS_MIN = 9,                /* trims from this many blocks on are tombstones */
 	TOMBSTONES_MAX = 65536,              /* per shard; more wait for destage and sweep */
 	SWEEP_STEPS = 256,                   /* table steps of sweeping per turn of the loop */
-	FETCHES_MAX = 4096,                  /* outstanding READ frames */
 	STORES_MAX = 64,                     /* that one cache is connected to */
+	FETCH_BUCKETS = 256,                 /* of outstanding fetches; a power of two */
+	FETCH_OUT_BYTES = 16 * 1024,         /* READ frames on their way into a socket */
+	FETCH_RECEIVE_BYTES = 256 * 1024,    /* of replies, per system call */
+	FETCH_RECEIVES = 8,                  /* per connection and turn */
+	FETCH_BLOCKS_MAX = SLICE_BLOCKS,     /* of one READ frame: what a read has, at most */
 	FETCH_ATTEMPTS = 3,                  /* of a reply that does not verify */
 	/* slot writes in flight; beyond it a miss is not installed */
 	FILLS_MAX = 128,
@@ -74,6 +78,7 @@ _Static_assert(MP_CACHE_SEGMENT_BYTES % SCAN_STEP_BYTES == 0, "a segment is whol
 _Static_assert(MP_RECORD_HEADER_BYTES + APPEND_EXTENTS_MAX * MP_EXTENT_BYTES <= 65536,
 	       "header fits");
 _Static_assert(PREFETCHES_MAX * SLICE_BYTES <= INTERNAL_BYTES, "CACHE leaves room for guests");
+_Static_assert(FETCH_BLOCKS_MAX <= (int)MP_READ_BLOCKS_MAX, "a store takes it");
 _Static_assert(SLICE_BYTES <= APPEND_BYTES_MAX, "one mutation fits one record");
 
 #endif

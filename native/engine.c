@@ -1,8 +1,8 @@
 /* engine.c - one shard's reactor: the turn, its start and its end, events, failures.
  *
  * A turn: wait (completions run, sockets are read) -> commands of the control plane -> connections
- * that waited for buffers -> appends -> sync -> background slices (destage, release, sweep,
- * checkpoint) -> replies.
+ * that waited for buffers -> misses leave -> appends -> sync -> background slices (destage,
+ * release, sweep, checkpoint) -> replies.
  * Failure modes: a failed log write or sync is rescued (rescue.c); when that fails too,
  * acknowledging ends for good (engine_fail): mutations and flushes get EIO, reads go on. A volume
  * fails alone when its log does not verify, or when the store refuses it.
@@ -256,6 +256,7 @@ int64_t mp_engine_step(struct mp_engine *engine, int64_t timeout_ns)
 	commands_run(engine);
 	connections_resume(engine);
 	walks_step(engine);
+	fetch_links_flush(engine);
 	log_append_ready(engine);
 	log_sync_if_wanted(engine);
 	if (engine->failed) {
@@ -267,6 +268,7 @@ int64_t mp_engine_step(struct mp_engine *engine, int64_t timeout_ns)
 	background(engine);
 	tell_opened(engine);
 	connections_flush(engine);
+	fetch_links_flush(engine);
 	log_sync_if_wanted(engine);
 	if (engine->stopping && !engine->stopped)
 		stop_step(engine);
@@ -323,11 +325,16 @@ static int allocate(struct mp_engine *engine)
 	return 0;
 }
 
+static void sockets_ready(void *owner, void *context, uint32_t ready)
+{
+	if (!fetch_link_ready(owner, context, ready))
+		connections_ready(owner, context, ready);
+}
+
 static struct mp_engine *engine_new(struct mp_driver *driver,
 				    const struct mp_engine_options *options)
 {
 	struct mp_engine *engine = calloc(1, sizeof *engine);
-	uint32_t i;
 
 	if (!engine)
 		return NULL;
@@ -335,8 +342,7 @@ static struct mp_engine *engine_new(struct mp_driver *driver,
 	engine->options = *options;
 	set_defaults(&engine->options);
 	list_init(&engine->connections);
-	for (i = 0; i < STORES_MAX; i++)
-		list_init(&engine->stores[i].fetches);
+	fetch_links_init(engine);
 	list_init(&engine->walks);
 	list_init(&engine->statuses);
 	engine->commands_tail = &engine->commands;
@@ -346,7 +352,7 @@ static struct mp_engine *engine_new(struct mp_driver *driver,
 	driver->random_bytes(driver->self, &engine->next_request_id,
 			     sizeof engine->next_request_id);
 	engine->next_request_id >>= 1;
-	driver->on_ready = connections_ready;
+	driver->on_ready = sockets_ready;
 	driver->owner = engine;
 	pthread_mutex_init(&engine->mutex, NULL);
 	return engine;
@@ -387,6 +393,7 @@ void mp_engine_free(struct mp_engine *engine)
 	uint32_t i;
 
 	mailbox_free(engine);
+	fetch_links_free(engine);
 	/* After a simulated crash, work is still in flight. */
 	connections_free(engine);
 	for (i = 0; i < engine->volume_count; i++)
@@ -403,10 +410,6 @@ void mp_engine_free(struct mp_engine *engine)
 	free(engine->checkpoint.buffer);
 	free(engine->rescue.scan.memory);
 	free(engine->checkpoint.captured);
-	for (i = 0; i < STORES_MAX; i++) {
-		free(engine->stores[i].outgoing);
-		free(engine->stores[i].reply_bytes);
-	}
 	pthread_mutex_destroy(&engine->mutex);
 	free(engine);
 }

@@ -2,8 +2,8 @@
  *
  * One engine thread owns all state of a shard: NBD transmission, log index, write log, read slots,
  * policy. The control plane talks to it through a mailbox (functions here, any thread unless said
- * otherwise) and hears from it through events, frames and the driver's notify. Nothing here blocks;
- * commands take effect in the order of the calls.
+ * otherwise) and hears from it through events, batches and the driver's notify. Nothing here
+ * blocks; commands take effect in the order of the calls.
  */
 #ifndef MILLPOND_ENGINE_H
 #define MILLPOND_ENGINE_H
@@ -137,21 +137,25 @@ int64_t mp_engine_take_batch(struct mp_engine *engine, const uint8_t *id, void *
 /* The store has durably applied everything up to sequence. */
 int mp_engine_destaged(struct mp_engine *engine, const uint8_t *id, uint64_t sequence);
 
-/* Misses: complete READ frames to send to a store, and its replies, as byte streams. link down:
- * outstanding reads wait and are sent again after link up, which starts both streams afresh. */
-int64_t mp_engine_take_fetch(struct mp_engine *engine, uint32_t store, void *out,
-			     uint64_t capacity_bytes);
-int mp_engine_feed_fetch(struct mp_engine *engine, uint32_t store, const void *bytes,
-			 uint64_t length_bytes);
-int mp_engine_link(struct mp_engine *engine, uint32_t store, int up);
+/* Misses: hand over the connection to a store, connected and its handshake done, with
+ * bytes already read from it. The engine owns socket from here (on error too) and sends READ frames
+ * on it. MP_EVENT_LINK_BROKEN with cookie when it is gone; outstanding reads wait and are sent
+ * again on the next one. A connection that the store had before is closed. */
+int mp_engine_fetch_open(struct mp_engine *engine, uint32_t store, int socket, const void *bytes,
+			 uint64_t length_bytes, uint64_t cookie);
+/* Close it, without an event. */
+int mp_engine_fetch_close(struct mp_engine *engine, uint32_t store);
+/* Bytes that went over a store's connections so far. */
+void mp_engine_fetch_bytes(struct mp_engine *engine, uint32_t store, uint64_t *sent,
+			   uint64_t *received);
 
 enum mp_event_type { MP_EVENT_OPENED = 1, MP_EVENT_CLOSED, MP_EVENT_CONNECTION_CLOSED,
 	MP_EVENT_NEED_DIRTY, MP_EVENT_DIRTY_CLEAR, MP_EVENT_BATCH, MP_EVENT_DIRTY_READY,
 	MP_EVENT_VOLUME_FAILED, MP_EVENT_ENGINE_FAILED, MP_EVENT_STOPPED, MP_EVENT_LINK_BROKEN,
 	MP_EVENT_POSITION };
 /* MP_EVENT_POSITION: first_sequence is destaged, last_sequence acknowledged or about to be. */
-/* MP_EVENT_LINK_BROKEN: the fetch stream of store `cookie` is malformed or damaged: drop the
- * connection, link down, connect, link up. */
+/* MP_EVENT_LINK_BROKEN: a fetch connection is gone, cookie says which; the engine has closed it.
+ * status 0: the store closed it; -EPROTO: a reply was malformed or damaged; else -errno. */
 /* MP_EVENT_DIRTY_READY: a volume without undestaged records has some now (ask with cut). */
 struct mp_event {
 	uint32_t type;                     /* enum mp_event_type */
@@ -163,8 +167,6 @@ struct mp_event {
 };
 /* Drain: clears the notification. Returns the count; call again while it returns capacity. */
 int64_t mp_engine_events(struct mp_engine *engine, struct mp_event *out, uint64_t capacity);
-/* 1: take_fetch has bytes */
-int mp_engine_fetch_pending(struct mp_engine *engine, uint32_t store);
 /* cdef: end */
 
 #endif

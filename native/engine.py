@@ -4,8 +4,7 @@ No logic.  Every method is "any thread" and does not block, except `open`, `form
 (which joins the engine's thread) and `free`.  Ids are 16 raw bytes; -errno becomes NativeError.
 
 Happy path: `Engine.open(fd)`, `start()`, watch `notify_fd()`, and on each notification
-`clear_notification()`, `events()`, and whatever `fetch_pending` says; `request_stop()`, the Stopped
-event, `stop()`, `free()`.
+`clear_notification()`, `events()`; `request_stop()`, the Stopped event, `stop()`, `free()`.
 
 Failure modes: `open` raises NativeError with the engine's one-line message and closes nothing that
 it does not own; a method on a freed engine is our own bug (assert).
@@ -21,8 +20,6 @@ from millpond.native import ffi, lib
 
 MESSAGE_BYTES = 512
 EVENTS_PER_CALL = 64
-# Whole READ frames: what a link that goes away leaves behind never ends within one.
-TAKE_FETCH_BYTES = 8192 * (ffi.sizeof("struct mp_frame") + ffi.sizeof("struct mp_read_request"))
 VOLUMES_FIRST_GUESS = 64
 
 Buffer = bytes | bytearray | memoryview
@@ -145,7 +142,7 @@ class EngineFailed(Event):
 
 
 class LinkBroken(Event):
-    """A reply of store `cookie` is malformed: give that connection up and make a new one."""
+    """The fetch connection `cookie` is gone: make a new one.  Status as engine.h has it."""
 
 
 class Position(Event):
@@ -227,7 +224,6 @@ class Engine:
         self._engine = engine
         self._driver = driver
         self._events = ffi.new("struct mp_event[]", EVENTS_PER_CALL)
-        self._fetch = ffi.new("uint8_t[]", TAKE_FETCH_BYTES)
         cache_id = ffi.new("uint8_t[16]")
         lib.mp_engine_cache_id(engine, cache_id)
         self.cache_id = bytes(ffi.buffer(cache_id))
@@ -406,28 +402,22 @@ class Engine:
         """The store has durably applied everything up to sequence."""
         _check(lib.mp_engine_destaged(self._engine, volume, sequence), "destage acknowledgement")
 
-    def fetch_pending(self, store: int) -> bool:
-        """take_fetch has bytes."""
-        return bool(lib.mp_engine_fetch_pending(self._engine, store))
-
-    def take_fetch(self, store: int) -> bytes:
-        """READ frames to send next; empty when there are none."""
-        taken = _check(
-            lib.mp_engine_take_fetch(self._engine, store, self._fetch, TAKE_FETCH_BYTES),
-            "take of fetches",
+    def fetch_open(self, store: int, fd: int, *, received: Buffer, cookie: int) -> None:
+        """Hand over a fetch connection after its handshake; fd is consumed, on error too."""
+        result = lib.mp_engine_fetch_open(
+            self._engine, store, fd, ffi.from_buffer(received), len(received), cookie
         )
-        return bytes(ffi.buffer(self._fetch, taken))
+        _check(result, "hand-over of a fetch connection")
 
-    def feed_fetch(self, store: int, received: Buffer) -> bool:
-        """Reply bytes from a store.  False: it broke the protocol, drop the connection."""
-        result = lib.mp_engine_feed_fetch(
-            self._engine, store, ffi.from_buffer(received), len(received)
-        )
-        return int(result) >= 0
+    def fetch_close(self, store: int) -> None:
+        """Close a store's fetch connection, if there is one; no event follows."""
+        _check(lib.mp_engine_fetch_close(self._engine, store), "close of a fetch connection")
 
-    def link(self, store: int, *, up: bool) -> None:
-        """The fetch connection to a store came or went; both streams start afresh."""
-        _check(lib.mp_engine_link(self._engine, store, int(up)), "link state")
+    def fetch_bytes(self, store: int) -> tuple[int, int]:
+        """Bytes sent and received over a store's fetch connections so far."""
+        out = ffi.new("uint64_t[2]")
+        lib.mp_engine_fetch_bytes(self._engine, store, out, out + 1)
+        return int(out[0]), int(out[1])
 
     def events(self) -> Iterator[Event]:
         """Drain."""

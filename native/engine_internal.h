@@ -26,6 +26,7 @@
 #include "list.h"
 #include "record.h"
 #include "slots.h"
+#include "fetch_internal.h"
 
 /* ---- log index (index.c): (volume number, block) -> newest place in the log ---- */
 
@@ -176,25 +177,6 @@ struct part {
 	struct iovec iov;
 	struct read *read;
 	uint32_t first, count;    /* within the read */
-};
-/* A run of blocks that comes from the store. */
-struct fetch {
-	struct link in_queue;     /* its store's fetches, oldest first */
-	struct read *read;
-	uint32_t first, count;
-	uint64_t request_id;
-	uint64_t generation;      /* volume->release_generation at the time of the miss */
-	uint32_t attempts;
-	bool sent;
-};
-struct fill {
-	struct mp_io io;
-	struct iovec iov;
-	struct read *read;
-	uint32_t first, count;
-	int64_t slot;
-	uint64_t generation;
-	uint32_t checksums[MP_SLOT_BLOCKS_MAX];
 };
 
 /* ---- requests and connections (nbd.c) ---- */
@@ -382,17 +364,6 @@ struct rescue {
 	uint64_t serial;              /* of the checkpoint that makes it final */
 };
 
-/* The fetch stream of one store: others neither wait for it nor walk over what it owes. */
-struct store_link {
-	struct link fetches;
-	bool up;
-	uint8_t *reply_bytes;         /* an incomplete frame */
-	uint64_t reply_length, reply_capacity;
-	/* under the engine's mutex: READ frames to take */
-	uint8_t *outgoing;
-	uint64_t outgoing_begin, outgoing_end, outgoing_capacity;
-};
-
 struct command {
 	struct command *next;
 	int kind, flag, socket;
@@ -428,8 +399,10 @@ struct mp_engine {
 	struct link statuses;         /* BLOCK_STATUS that waits for the store */
 	bool resume_wanted;           /* a request ended: paused connections may go on */
 	struct store_link stores[STORES_MAX];
+	struct link fetches[FETCH_BUCKETS]; /* outstanding, by request id */
 	uint64_t next_request_id;
-	uint32_t fetch_count, fills_inflight, ios_inflight;
+	bool fetches_wait;            /* in a store's queue, to be sent this turn */
+	uint32_t fills_inflight, ios_inflight;
 	struct cut cut;
 	uint32_t cut_turn, append_turn;
 	struct release release;
@@ -555,14 +528,6 @@ void ledger_checkpoint_ends(struct mp_engine *engine);
 void sweep_step(struct mp_engine *engine);
 void sweep_again(struct mp_engine *engine); /* tombstones may have become needless */
 bool sweep_pending(const struct mp_engine *engine);
-
-/* fetch.c */
-void fetch_start(struct read *read, uint32_t first, uint32_t count);
-void fetch_feed(struct mp_engine *engine, uint32_t store, const uint8_t *bytes,
-		uint64_t length_bytes);
-void fetch_link(struct mp_engine *engine, uint32_t store, bool up);
-void fetches_abandon(struct mp_engine *engine);
-bool fill_allowed(struct volume *volume, uint64_t block, uint64_t generation);
 
 /* scan.c, cut.c, release.c; encode.h has more of scan.c */
 void scan_start(struct mp_engine *engine, struct scan *scan, uint32_t segment, uint64_t begin_bytes,

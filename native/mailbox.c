@@ -9,7 +9,7 @@
 #include "engine_internal.h"
 
 enum { COMMAND_OPEN, COMMAND_CLOSE, COMMAND_CONNECT, COMMAND_DISCONNECT, COMMAND_DIRTY, COMMAND_CUT,
-	COMMAND_DESTAGED, COMMAND_FEED, COMMAND_LINK, COMMAND_GROW,
+	COMMAND_DESTAGED, COMMAND_FETCH_OPEN, COMMAND_FETCH_CLOSE, COMMAND_GROW,
 	COMMAND_POSITION, COMMAND_STOP };
 
 static void reply(struct mp_engine *engine, const struct command *command, uint32_t type,
@@ -143,17 +143,17 @@ static void execute(struct mp_engine *engine, const struct command *command)
 		if (volume)
 			destaged(volume, command->sequence);
 		break;
-	case COMMAND_FEED:
-		fetch_feed(engine, command->store, command->bytes, command->length_bytes);
-		break;
 	case COMMAND_GROW:
 		volume_grow(engine, command);
 		break;
 	case COMMAND_POSITION:
 		do_position(engine, command);
 		break;
-	case COMMAND_LINK:
-		fetch_link(engine, command->store, command->flag != 0);
+	case COMMAND_FETCH_OPEN:
+		fetch_link_open(engine, command);
+		break;
+	case COMMAND_FETCH_CLOSE:
+		fetch_link_close(engine, command->store);
 		break;
 	default:
 		do_stop(engine);
@@ -181,7 +181,7 @@ void mailbox_free(struct mp_engine *engine)
 	while (engine->commands) {
 		struct command *command = engine->commands;
 		engine->commands = command->next;
-		if (command->kind == COMMAND_CONNECT)
+		if (command->kind == COMMAND_CONNECT || command->kind == COMMAND_FETCH_OPEN)
 			engine->driver->close_socket(engine->driver->self, command->socket);
 		free(command);
 	}
@@ -331,29 +331,31 @@ int mp_engine_destaged(struct mp_engine *engine, const uint8_t *id, uint64_t seq
 	return post(engine, command);
 }
 
-static int post_to_store(struct mp_engine *engine, uint32_t store, struct command *command)
+int mp_engine_fetch_open(struct mp_engine *engine, uint32_t store, int socket, const void *bytes,
+			 uint64_t length_bytes, uint64_t cookie)
 {
-	if (command)
-		command->store = store;
-	if (store < STORES_MAX)
-		return post(engine, command);
-	free(command);
-	return -EINVAL;
+	struct command *command = command_new(COMMAND_FETCH_OPEN, NULL, bytes, length_bytes);
+
+	assert(store < STORES_MAX);
+	if (!command) {
+		engine->driver->close_socket(engine->driver->self, socket);
+		return -ENOMEM;
+	}
+	command->store = store;
+	command->socket = socket;
+	command->cookie = cookie;
+	return post(engine, command);
 }
 
-int mp_engine_feed_fetch(struct mp_engine *engine, uint32_t store, const void *bytes,
-			 uint64_t length_bytes)
+int mp_engine_fetch_close(struct mp_engine *engine, uint32_t store)
 {
-	return post_to_store(engine, store, command_new(COMMAND_FEED, NULL, bytes, length_bytes));
-}
+	struct command *command = command_new(COMMAND_FETCH_CLOSE, NULL, NULL, 0);
 
-int mp_engine_link(struct mp_engine *engine, uint32_t store, int up)
-{
-	struct command *command = command_new(COMMAND_LINK, NULL, NULL, 0);
-
-	if (command)
-		command->flag = up;
-	return post_to_store(engine, store, command);
+	assert(store < STORES_MAX);
+	if (!command)
+		return -ENOMEM;
+	command->store = store;
+	return post(engine, command);
 }
 
 void mp_engine_request_stop(struct mp_engine *engine)

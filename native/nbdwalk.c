@@ -76,7 +76,7 @@ static bool cache_walk(struct request *request, uint32_t *steps)
 
 	if (request->connection->volume->failed)
 		request_error(request, EIO);
-	if (request->error || !engine->stores[request->connection->volume->store].up)
+	if (request->error || !store_link_is_up(&engine->stores[request->connection->volume->store]))
 		return true;
 	while (request->cursor < end && *steps) {
 		--*steps;

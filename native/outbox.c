@@ -1,4 +1,4 @@
-/* outbox.c - what the control plane takes from an engine: events, frames, counters. Any thread,
+/* outbox.c - what the control plane takes from an engine: events, batches, counters. Any thread,
  * under the mutex. */
 #include "engine_internal.h"
 
@@ -23,37 +23,13 @@ int64_t mp_engine_take_batch(struct mp_engine *engine, const uint8_t *id, void *
 	return (int64_t)take;
 }
 
-int64_t mp_engine_take_fetch(struct mp_engine *engine, uint32_t store, void *out,
-			     uint64_t capacity_bytes)
+void mp_engine_fetch_bytes(struct mp_engine *engine, uint32_t store, uint64_t *sent,
+			   uint64_t *received)
 {
-	struct store_link *link = store < STORES_MAX ? &engine->stores[store] : NULL;
-	uint64_t take;
-
-	if (!link)
-		return -EINVAL;
-	pthread_mutex_lock(&engine->mutex);
-	take = link->outgoing_end - link->outgoing_begin;
-	take = take < capacity_bytes ? take : capacity_bytes;
-	if (take)
-		memcpy(out, link->outgoing + link->outgoing_begin, take);
-	link->outgoing_begin += take;
-	if (link->outgoing_begin == link->outgoing_end)
-		link->outgoing_begin = link->outgoing_end = 0;
-	pthread_mutex_unlock(&engine->mutex);
-	return (int64_t)take;
-}
-
-int mp_engine_fetch_pending(struct mp_engine *engine, uint32_t store)
-{
-	int pending;
-
-	if (store >= STORES_MAX)
-		return -EINVAL;
-	pthread_mutex_lock(&engine->mutex);
-	pending = engine->stores[store].outgoing_begin !=
-		  engine->stores[store].outgoing_end;
-	pthread_mutex_unlock(&engine->mutex);
-	return pending;
+	assert(store < STORES_MAX);
+	*sent = atomic_load_explicit(&engine->stores[store].sent_bytes, memory_order_relaxed);
+	*received = atomic_load_explicit(&engine->stores[store].received_bytes,
+					 memory_order_relaxed);
 }
 
 int64_t mp_engine_events(struct mp_engine *engine, struct mp_event *out, uint64_t capacity)

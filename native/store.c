@@ -220,6 +220,7 @@ static void wind_down(struct mp_store *store)
 static void turn(struct mp_store *store)
 {
 	store->turn_ns = store->driver->now_ns(store->driver->self);
+	store_sockets_adopt(store);
 	store_dispatch(store);
 	store_reads_advance(store);
 	store_log_advance(store);
@@ -229,6 +230,7 @@ static void turn(struct mp_store *store)
 	store_checkpoint_advance(store);
 	store_sweep_advance(store);
 	store_reclaim(store);
+	store_sockets_flush(store);
 	store_pages_trim(store);
 	wind_down(store);
 	pthread_mutex_lock(&store->mutex);
@@ -338,6 +340,8 @@ struct mp_store *mp_store_open(struct mp_driver *driver, const struct mp_store_o
 
 	store->driver = driver;
 	pthread_mutex_init(&store->mutex, NULL);
+	driver->on_ready = store_sockets_ready;
+	driver->owner = store;
 	set_limits(store, options);
 	store->clean_limit = UINT64_MAX; /* until segment_bytes is known */
 	*error = store_recover(store, message, message_bytes);
@@ -359,7 +363,9 @@ void mp_store_free(struct mp_store *store)
 	store_reads_free(store);
 	store_log_free(store);
 	store_checkpoint_free(store);
+	store_sockets_free(store);
 	store_connections_free(store);
+	free(store->ended);
 	while (store->graves) {
 		struct store_grave *next = store->graves->next;
 		free(store->graves);

@@ -53,6 +53,13 @@ int64_t mp_store_take(struct mp_store *store, uint64_t connection, void *out,
 /* Connections that have bytes to take, at most capacity of them. Clears the notification. Any
  * thread. */
 int64_t mp_store_ready(struct mp_store *store, uint64_t *connections, uint64_t capacity);
+/* A connection whose socket is the core's from here, after its handshake: received is what was read
+ * of it already, greeting is sent first. Only READ frames come over it. Any thread; on an error the
+ * socket stays the caller's. */
+int mp_store_connect(struct mp_store *store, uint64_t connection, int socket, const void *received,
+		     uint64_t received_bytes, const void *greeting, uint64_t greeting_bytes);
+/* Such connections that are gone; each is told once, and still wants its hangup. Any thread. */
+int64_t mp_store_ended(struct mp_store *store, uint64_t *connections, uint64_t capacity);
 /* drop its streams; work goes on */
 void mp_store_hangup(struct mp_store *store, uint64_t connection);
 /* Bytes fed and not yet answered on this connection: the daemon stops reading above a limit. Any

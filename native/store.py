@@ -201,6 +201,25 @@ class StoreCore:
         out = ffi.new("uint64_t[]", capacity)
         return list(out[0 : lib.mp_store_ready(self._living(), out, capacity)])
 
+    def connect(self, connection: int, fd: int, *, received: Bytes, greeting: bytes) -> None:
+        """Hand over a socket after its handshake.  OSError: fd stays the caller's."""
+        code = -lib.mp_store_connect(
+            self._living(),
+            connection,
+            fd,
+            ffi.from_buffer(received),
+            len(received),
+            greeting,
+            len(greeting),
+        )
+        if code:
+            raise OSError(code, os.strerror(code))
+
+    def ended(self, capacity: int = 64) -> list[int]:
+        """Connections whose sockets are gone; call again while it returns capacity of them."""
+        out = ffi.new("uint64_t[]", capacity)
+        return list(out[0 : lib.mp_store_ended(self._living(), out, capacity)])
+
     def hangup(self, connection: int) -> None:
         """The connection is gone: drop its streams; what was accepted goes on."""
         lib.mp_store_hangup(self._living(), connection)

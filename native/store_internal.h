@@ -32,7 +32,15 @@ enum {
 	STORE_PUNCHES_IN_FLIGHT = 16,
 	STORE_DEAD_RANGES_MAX = 1 << 20,    /* beyond: left to the removal of whole segments */
 	STORE_GRAVE_PAGES_PER_TURN = 32,
-	STORE_MERGE_GAP_BYTES = 16384       /* device reads this near to one another become one */
+	STORE_MERGE_GAP_BYTES = 16384,      /* device reads this near to one another become one */
+	/* A READ is 112 bytes and its answer up to 1 MiB, so what a fetch connection may have
+	 * unanswered is a number of requests: high plus one receive, 274 of them, answers of 274
+	 * MiB at the very worst and of about 4 MiB for the 16 KiB that a cache asks for. */
+	STORE_FETCH_RECEIVE_BYTES = 16 * 1024,
+	STORE_FETCH_PENDING_HIGH = 128 * 112,
+	STORE_FETCH_PENDING_LOW = 64 * 112,
+	STORE_FETCH_UNSENT_HIGH = 4 << 20,
+	STORE_FETCH_UNSENT_LOW = 1 << 20
 };
 #define STORE_EVIDENCE_NS 50000000ULL       /* idle time before synced_commit is put on record */
 #define STORE_FULL_RETRY_NS 100000000ULL
@@ -120,16 +128,39 @@ struct store_chunk {                       /* bytes to send */
 	_Alignas(16) uint8_t bytes[];
 };
 
-struct store_connection {                  /* under mutex, but for assembly: the feeding thread */
+struct store_socket;
+
+/* Under mutex, but for assembly: the feeding thread's; and, by_socket, the bytes to send: the
+ * reactor's. */
+struct store_connection {
 	struct store_connection *next, *ready_next;
 	uint64_t id;
 	uint64_t references;               /* table and requests */
-	uint64_t pending_bytes;
+	uint64_t pending_bytes, out_bytes;
 	struct store_chunk *out, *out_last;
 	struct store_request *request;     /* being assembled */
 	uint64_t have_bytes;
 	uint8_t head[MP_FRAME_HEADER_BYTES];
-	uint8_t broken, gone, is_ready;
+	uint8_t broken, gone, is_ready, by_socket;
+};
+
+struct store_socket {                      /* a connection whose socket is the reactor's */
+	struct store_socket *next;
+	struct mp_store *store;
+	struct store_connection *connection;
+	int number;
+	uint32_t interest;
+	uint8_t behind, ended;
+};
+
+struct store_handover {                    /* a socket on its way to the reactor */
+	struct store_handover *next;
+	struct store_connection *connection;
+	struct store_chunk *greeting;
+	int socket;
+	uint8_t gone;                      /* hung up meanwhile */
+	uint64_t received_bytes;
+	uint8_t received[];
 };
 
 struct store_batch {                       /* what admission needs to know of a batch */
@@ -256,6 +287,9 @@ struct mp_store {
 	struct store_read *reads;
 	struct store_queue reads_waiting;
 	uint32_t reads_in_flight;
+	struct store_socket *sockets;      /* storesocket.c */
+	uint8_t sockets_changed;           /* something to send, to watch or to close */
+	uint8_t receive[STORE_FETCH_RECEIVE_BYTES];
 	struct store_checkpoint *checkpoint; /* running */
 	struct store_queue checkpoint_requests;
 	uint64_t checkpoint_log_bytes;     /* log_bytes at the last freeze */
@@ -267,6 +301,10 @@ struct mp_store {
 	struct store_queue inbox;
 	struct store_connection *connections[STORE_CONNECTION_BUCKETS];
 	struct store_connection *ready, *ready_last;
+	struct store_handover *handovers;
+	uint64_t *ended;                   /* connections whose sockets are gone */
+	uint64_t ended_count, ended_capacity;
+	uint8_t hung_up;                   /* a connection with a socket */
 	struct mp_store_counters published;
 	char failure_message[256];
 };
@@ -305,6 +343,24 @@ void store_reply_finish(struct mp_store *store, struct store_request *request,
 			struct store_chunk *chunk);
 void store_reply(struct mp_store *store, struct store_request *request, uint32_t status);
 void store_connections_free(struct mp_store *store);
+/* For storesocket.c. Under mutex: */
+struct store_connection *store_connection_get(struct mp_store *store, uint64_t id);
+/* What a socket brought: whole frames, or -errno and an ERROR frame is queued. */
+int store_connection_feed(struct mp_store *store, struct store_connection *connection,
+			  const uint8_t *bytes, uint64_t length_bytes);
+void store_connection_push(struct mp_store *store, struct store_connection *connection,
+			   struct store_chunk *chunk);
+/* Its first bytes have left. */
+void store_connection_sent(struct mp_store *store, struct store_connection *connection,
+			   uint64_t bytes);
+/* Its socket is gone: nothing more can be sent; the socket's reference ends. */
+void store_connection_ended(struct mp_store *store, struct store_connection *connection);
+
+/* storesocket.c */
+void store_sockets_ready(void *owner, void *context, uint32_t ready);
+void store_sockets_adopt(struct mp_store *store);
+void store_sockets_flush(struct mp_store *store);
+void store_sockets_free(struct mp_store *store);
 void store_request_free(struct mp_store *store, struct store_request *request);
 
 /* pages.c */

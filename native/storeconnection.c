@@ -18,7 +18,7 @@ static struct store_connection **slot_of(struct mp_store *store, uint64_t id)
 }
 
 /* Under mutex. */
-static struct store_connection *connection_get(struct mp_store *store, uint64_t id)
+struct store_connection *store_connection_get(struct mp_store *store, uint64_t id)
 {
 	struct store_connection **slot = slot_of(store, id);
 
@@ -38,6 +38,7 @@ static void drop_chunks(struct store_connection *connection)
 		connection->out = next;
 	}
 	connection->out_last = NULL;
+	connection->out_bytes = 0;
 }
 
 /* Under mutex. */
@@ -63,6 +64,11 @@ static void push_chunk(struct mp_store *store, struct store_connection *connecti
 	else
 		connection->out = chunk;
 	connection->out_last = chunk;
+	connection->out_bytes += chunk->length_bytes - chunk->taken_bytes;
+	if (connection->by_socket) {
+		store->sockets_changed = 1;
+		return;
+	}
 	if (connection->is_ready)
 		return;
 	connection->is_ready = 1;
@@ -131,16 +137,19 @@ void store_reply_finish(struct mp_store *store, struct store_request *request,
 			struct store_chunk *chunk)
 {
 	struct store_connection *connection = request->connection;
+	int by_socket;
 
 	mp_frame_seal((struct mp_frame *)(void *)chunk->bytes);
 	pthread_mutex_lock(&store->mutex);
+	by_socket = connection->by_socket;
 	connection->pending_bytes -= MP_FRAME_HEADER_BYTES + request->frame.payload_bytes;
 	if (connection->gone)
 		free(chunk);
 	else
 		push_chunk(store, connection, chunk);
 	pthread_mutex_unlock(&store->mutex);
-	store->driver->notify(store->driver->self);
+	if (!by_socket)
+		store->driver->notify(store->driver->self);
 	store_request_free(store, request);
 }
 
@@ -171,12 +180,15 @@ void store_reply(struct mp_store *store, struct store_request *request, uint32_t
 	store_reply_finish(store, request, chunk);
 }
 
-static int may_send(uint64_t connection, uint16_t type)
+static int may_send(const struct store_connection *connection, uint16_t type)
 {
-	if (type == MP_FRAME_READ || type == MP_FRAME_BATCH)
+	if (type == MP_FRAME_READ)
 		return 1;
-	return connection == 0 && (type == MP_FRAME_PUT_VOLUME || type == MP_FRAME_DELETE_VOLUME ||
-				   type == MP_FRAME_CHECKPOINT);
+	if (type == MP_FRAME_BATCH)
+		return !connection->by_socket;
+	return connection->id == 0 &&
+	       (type == MP_FRAME_PUT_VOLUME || type == MP_FRAME_DELETE_VOLUME ||
+		type == MP_FRAME_CHECKPOINT);
 }
 
 /* Header complete: a buffer for the frame. */
@@ -189,7 +201,7 @@ static int start_frame(struct store_connection *connection)
 	if (total < 0 && total != -EAGAIN)
 		return (int)total;
 	memcpy(&frame, connection->head, sizeof frame);
-	if (frame.payload_bytes > MP_FRAME_PAYLOAD_MAX || !may_send(connection->id, frame.type))
+	if (frame.payload_bytes > MP_FRAME_PAYLOAD_MAX || !may_send(connection, frame.type))
 		return -EPROTO;
 	request = store_allocate(sizeof *request);
 	request->buffer = store_allocate_aligned(store_align(
@@ -278,6 +290,77 @@ static void queue_error(struct mp_store *store, struct store_connection *connect
 	store->driver->notify(store->driver->self);
 }
 
+int store_connection_feed(struct mp_store *store, struct store_connection *connection,
+			  const uint8_t *bytes, uint64_t length_bytes)
+{
+	int frames;
+
+	if (connection->broken)
+		return -EPROTO;
+	frames = assemble(store, connection, bytes, length_bytes);
+	if (frames < 0)
+		queue_error(store, connection);
+	return frames;
+}
+
+void store_connection_push(struct mp_store *store, struct store_connection *connection,
+			   struct store_chunk *chunk)
+{
+	pthread_mutex_lock(&store->mutex);
+	push_chunk(store, connection, chunk);
+	pthread_mutex_unlock(&store->mutex);
+}
+
+void store_connection_sent(struct mp_store *store, struct store_connection *connection,
+			   uint64_t bytes)
+{
+	pthread_mutex_lock(&store->mutex);
+	connection->out_bytes -= bytes;
+	while (connection->out) {
+		struct store_chunk *chunk = connection->out;
+		uint64_t left = chunk->length_bytes - chunk->taken_bytes;
+
+		if (left > bytes) {
+			chunk->taken_bytes += bytes;
+			break;
+		}
+		bytes -= left;
+		connection->out = chunk->next;
+		free(chunk);
+	}
+	if (!connection->out)
+		connection->out_last = NULL;
+	pthread_mutex_unlock(&store->mutex);
+}
+
+void store_connection_ended(struct mp_store *store, struct store_connection *connection)
+{
+	pthread_mutex_lock(&store->mutex);
+	if (!connection->gone) {
+		store->ended = store_grow(store->ended, &store->ended_capacity,
+					  store->ended_count + 1, sizeof *store->ended);
+		store->ended[store->ended_count++] = connection->id;
+	}
+	connection->gone = 1;
+	drop_chunks(connection);
+	release(connection);
+	pthread_mutex_unlock(&store->mutex);
+	store->driver->notify(store->driver->self);
+}
+
+int64_t mp_store_ended(struct mp_store *store, uint64_t *connections, uint64_t capacity)
+{
+	uint64_t count;
+
+	pthread_mutex_lock(&store->mutex);
+	count = store->ended_count < capacity ? store->ended_count : capacity;
+	store->ended_count -= count;
+	for (uint64_t i = 0; i < count; i++)
+		connections[i] = store->ended[store->ended_count + i];
+	pthread_mutex_unlock(&store->mutex);
+	return (int64_t)count;
+}
+
 int mp_store_feed(struct mp_store *store, uint64_t connection_id, const void *bytes,
 		  uint64_t length_bytes)
 {
@@ -285,7 +368,7 @@ int mp_store_feed(struct mp_store *store, uint64_t connection_id, const void *by
 	int frames = -EPROTO, broken, stopping;
 
 	pthread_mutex_lock(&store->mutex);
-	connection = connection_get(store, connection_id);
+	connection = store_connection_get(store, connection_id);
 	connection->references++;
 	broken = connection->broken;
 	stopping = store->stopping;
@@ -321,6 +404,7 @@ int64_t mp_store_take(struct mp_store *store, uint64_t connection_id, void *out,
 		memcpy((uint8_t *)out + taken, chunk->bytes + chunk->taken_bytes, bytes);
 		taken += bytes;
 		chunk->taken_bytes += bytes;
+		connection->out_bytes -= bytes;
 		if (chunk->taken_bytes < chunk->length_bytes)
 			break;
 		connection->out = chunk->next;
@@ -356,11 +440,15 @@ void mp_store_hangup(struct mp_store *store, uint64_t connection_id)
 	if (connection) {
 		*slot = connection->next;
 		unready(store, connection);
-		drop_chunks(connection);
+		if (connection->by_socket)
+			store->hung_up = 1; /* what it sends is the reactor's */
+		else
+			drop_chunks(connection);
 		connection->gone = 1;
 		release(connection);
 	}
 	pthread_mutex_unlock(&store->mutex);
+	store->driver->wake(store->driver->self);
 }
 
 uint64_t mp_store_pending_bytes(struct mp_store *store, uint64_t connection_id)

@@ -10,6 +10,7 @@ nothing about what the store did: a caller that needs to know asks again.
 """
 
 import asyncio
+import os
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -277,6 +278,19 @@ class DataLink(_Link):
         if self._transport is not None:
             self._transport.write(data)
 
+    def detach(self) -> int:
+        """Take the socket away from the event loop: a descriptor that is the caller's from here.
+
+        Nothing more is read here, and on_lost is not called.  Unreachable: it is lost already.
+        """
+        if self._transport is None:
+            raise self._error or Unreachable(f"lost the store at {self.address}")
+        fd = os.dup(self._transport.get_extra_info("socket").fileno())
+        self._closing = True
+        self._on_lost = _nobody_listens
+        self._transport.abort()
+        return fd
+
     async def close(self) -> None:
         """Close on purpose: on_lost is called with None."""
         self._closing = True
@@ -325,7 +339,7 @@ async def connect_data(
 
 
 def _nobody_listens(error: Exception | None) -> None:
-    """connect_data raised: that was the report."""
+    """Whoever would hear of it knows, or is served by somebody else."""
 
 
 def _hello(role: wire.Role, client_id: bytes, client_name: str) -> wire.Hello:

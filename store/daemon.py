@@ -19,7 +19,7 @@ from millpond.store import limits, wire
 from millpond.store.address import Address, check_exposure, parse_address
 from millpond.store.catalogue import Catalogue
 from millpond.store.control import ControlOperations, ControlSession
-from millpond.store.data import DataSession
+from millpond.store.data import DestageSession, FetchSession
 from millpond.store.directory import SOCKET_NAME, OpenStore
 from millpond.store.errors import one_line
 from millpond.store.link import CoreLink
@@ -147,7 +147,9 @@ class StoreDaemon:
     def _make_session(self, connection: Connection, hello: wire.Hello) -> Session:
         if hello.role == "control":
             return ControlSession(connection, self._operations)
-        return DataSession(connection, self.link, fetch=hello.role == "fetch")
+        if hello.role == "fetch":
+            return FetchSession(connection, self.link)
+        return DestageSession(connection, self.link)
 
     def _fail(self, error: BaseException) -> None:
         """Whatever died takes the daemon down, loudly; the first cause is the one to report."""

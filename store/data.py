@@ -1,9 +1,12 @@
-"""Fetch and destage connections: bytes between a socket and the store core, never looked into.
+"""Fetch and destage connections, whose frames are the core's.
+
+A fetch connection's socket is handed to the core after its handshake (native/storesocket.c); of a
+destage connection we carry the bytes, never looked into.
 
 Happy path: one feed per wake-up; after the core's notification, take and send.
 Failure modes: the peer broke the protocol: the core has queued an ERROR frame, which is sent, and
 the connection ends. The peer does not read: when SEND_HIGH_BYTES wait we neither take nor read.
-The core is behind: above the role's limit of unanswered bytes we stop reading until half of it is
+The core is behind: above a limit of unanswered bytes we stop reading until half of it is
 answered, so a connection costs bounded memory whatever its peer does.
 """
 
@@ -15,15 +18,45 @@ from millpond.store.link import CoreLink
 from millpond.store.session import Peer, Session
 
 
-class DataSession(Session):
-    """One fetch or destage connection after its handshake."""
+class FetchSession(Session):
+    """One fetch connection: the core has its socket."""
 
-    def __init__(self, peer: Peer, link: CoreLink, *, fetch: bool) -> None:
+    takes_socket = True
+
+    def __init__(self, peer: Peer, link: CoreLink) -> None:
         self._peer = peer
         self._link = link
-        self._high = limits.FETCH_PENDING_HIGH_BYTES if fetch else limits.DESTAGE_PENDING_HIGH_BYTES
-        self._low = limits.FETCH_PENDING_LOW_BYTES if fetch else limits.DESTAGE_PENDING_LOW_BYTES
-        self.receive_bytes = limits.FETCH_RECEIVE_BYTES if fetch else limits.RECEIVE_BYTES
+        self._ended = False
+        self._connection = link.attach(self)
+
+    def take_socket(self, fd: int, *, received: bytes, greeting: bytes) -> None:
+        self._link.connect(self._connection, fd, received=received, greeting=greeting)
+
+    def received(self, data: memoryview) -> None:
+        raise AssertionError("the core reads the socket")
+
+    def writable(self, writable: bool) -> None:
+        raise AssertionError("the core writes the socket")
+
+    def answers_ready(self) -> None:
+        raise AssertionError("the core sends answers itself")
+
+    def ended(self) -> None:
+        self.lost()
+        self._peer.gone()
+
+    def lost(self) -> None:
+        if not self._ended:
+            self._ended = True
+            self._link.detach(self._connection)
+
+
+class DestageSession(Session):
+    """One destage connection after its handshake."""
+
+    def __init__(self, peer: Peer, link: CoreLink) -> None:
+        self._peer = peer
+        self._link = link
         self._writable = True
         self._behind = False  # the core has too much of ours to answer
         self._taking = False
@@ -43,6 +76,9 @@ class DataSession(Session):
     def answers_ready(self) -> None:
         if not self._ended:
             self._take()
+
+    def ended(self) -> None:
+        raise AssertionError("the core has no socket of ours")
 
     def writable(self, writable: bool) -> None:
         self._writable = writable
@@ -78,9 +114,9 @@ class DataSession(Session):
     def _regulate(self) -> None:
         """Read from the peer only while the core and the peer keep up."""
         pending_bytes = self._link.pending_bytes(self._connection)
-        if pending_bytes > self._high:
+        if pending_bytes > limits.DESTAGE_PENDING_HIGH_BYTES:
             self._behind = True
-        elif pending_bytes <= self._low:
+        elif pending_bytes <= limits.DESTAGE_PENDING_LOW_BYTES:
             self._behind = False
         self._peer.set_reading(self._writable and not self._behind)
 

@@ -27,12 +27,8 @@ TAKE_TURN_BYTES = 8 * MIB  # taken for one connection before others get their tu
 # that is still arriving counts, so low must exceed the largest frame or we would wait for ever.
 DESTAGE_PENDING_HIGH_BYTES = 64 * MIB
 DESTAGE_PENDING_LOW_BYTES = 32 * MIB
-# A READ is 112 bytes and its answer up to 1 MiB, so what a fetch connection may have unanswered is
-# a number of requests: high plus one wake-up, 274 of them, answers of 274 MiB at the very worst and
-# of about 4 MiB for the 16 KiB that a cache asks for.
-FETCH_RECEIVE_BYTES = 16 * 1024
-FETCH_PENDING_HIGH_BYTES = 128 * 112
-FETCH_PENDING_LOW_BYTES = 64 * 112
+# Of fetch connections the core itself takes care: STORE_FETCH_* in native/store_internal.h.
+HELLO_RECEIVE_BYTES = 16 * 1024  # until a connection has said what it is
 
 # Catalogue.
 VOLUMES_MAX = 16384
@@ -51,7 +47,6 @@ CLOSE_TIMEOUT_S = 5.0
 
 assert DESTAGE_PENDING_LOW_BYTES > FRAME_BYTES_MAX
 assert DESTAGE_PENDING_HIGH_BYTES > DESTAGE_PENDING_LOW_BYTES
-assert FETCH_PENDING_HIGH_BYTES > FETCH_PENDING_LOW_BYTES > 112
 assert CONTROL_PAYLOAD_MAX_BYTES >= HELLO_PAYLOAD_MAX_BYTES
 assert VOLUMES_MAX * 900 <= CONTROL_REPLY_MAX_BYTES
 assert SEND_HIGH_BYTES > SEND_LOW_BYTES

@@ -26,6 +26,9 @@ class Stream(Protocol):
     def answers_ready(self) -> None:
         """Bytes can be taken for this connection."""
 
+    def ended(self) -> None:
+        """The core has closed the socket that it was given."""
+
 
 class CoreLink:
     """Carries bytes between connections and the core. Event loop only."""
@@ -70,6 +73,10 @@ class CoreLink:
         self._next_connection += 1
         self._streams[connection] = stream
         return connection
+
+    def connect(self, connection: int, fd: int, *, received: bytes, greeting: bytes) -> None:
+        """Hand a socket over; the core sends greeting first.  OSError: fd stays the caller's."""
+        self._living_core().connect(connection, fd, received=received, greeting=greeting)
 
     def detach(self, connection: int) -> None:
         """The connection is gone; what it asked for is still done."""
@@ -127,6 +134,10 @@ class CoreLink:
                     self._take_replies()
                 elif (stream := self._streams.get(connection)) is not None:
                     stream.answers_ready()
+            while ended := self._core.ended():
+                for connection in ended:
+                    if (stream := self._streams.get(connection)) is not None:
+                        stream.ended()
         except Exception as error:
             self._fail(error)
 

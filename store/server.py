@@ -129,6 +129,7 @@ class Connection(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport | None = None
         self._session: Session | None = None
         self._refused = False
+        self._handed_over = False  # the session has the socket; the transport is only its shell
         self._reading = True
         self._receive = memoryview(bytearray(limits.RECEIVE_BYTES))
         self._timer: asyncio.TimerHandle | None = None
@@ -160,7 +161,7 @@ class Connection(asyncio.BufferedProtocol):
         if self._session is not None:
             return self._receive[: self._session.receive_bytes]
         # What comes behind a HELLO is the session's, before it can say how much it wants.
-        return self._receive[: limits.FETCH_RECEIVE_BYTES]
+        return self._receive[: limits.HELLO_RECEIVE_BYTES]
 
     def buffer_updated(self, nbytes: int) -> None:
         try:
@@ -188,16 +189,8 @@ class Connection(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel_timer()
         self._transport = None
-        self._server.connections.discard(self)
-        session, self._session = self._session, None
-        try:
-            if session is not None:
-                session.lost()
-        except Exception as error:
-            self._server.fail(error)
-        finally:
-            if not self._gone.done():
-                self._gone.set_result(None)
+        if not self._handed_over:
+            self._end_session()
 
     # -- handshake
 
@@ -226,8 +219,8 @@ class Connection(asyncio.BufferedProtocol):
             )
             return
         self._cancel_timer()
-        self.send(
-            wire.encode_json(wire.HELLO_REPLY, self._server.greeting, request_id=frame.request_id)
+        greeting = wire.encode_json(
+            wire.HELLO_REPLY, self._server.greeting, request_id=frame.request_id
         )
         log.info(
             "client connected role=%s client=%s name=%r",
@@ -237,8 +230,37 @@ class Connection(asyncio.BufferedProtocol):
         )
         self._session = self._server.make_session(self, hello)
         rest = self._reader.rest()
+        if self._session.takes_socket:
+            self._hand_over(self._session, received=bytes(rest), greeting=greeting)
+            return
+        self.send(greeting)
         if rest:
             self._session.received(memoryview(rest))
+
+    def _hand_over(self, session: Session, *, received: bytes, greeting: bytes) -> None:
+        assert self._transport is not None
+        fd = os.dup(self._transport.get_extra_info("socket").fileno())
+        try:
+            session.take_socket(fd, received=received, greeting=greeting)
+        except OSError as error:
+            os.close(fd)
+            self.refuse(wire.encode_error(f"the store refuses: {error}"), str(error))
+            return
+        self._handed_over = True
+        self._transport.abort()  # closes its own descriptor; the connection goes on
+
+    def _end_session(self) -> None:
+        """The socket is closed: nothing is left of this connection."""
+        self._server.connections.discard(self)
+        session, self._session = self._session, None
+        try:
+            if session is not None:
+                session.lost()
+        except Exception as error:
+            self._server.fail(error)
+        finally:
+            if not self._gone.done():
+                self._gone.set_result(None)
 
     def _no_hello(self) -> None:
         timeout_s = self._server.handshake_timeout_s
@@ -259,7 +281,9 @@ class Connection(asyncio.BufferedProtocol):
 
     def set_reading(self, reading: bool) -> None:
         """Read from the peer, or let it wait."""
-        if self._transport is None or self._refused or reading == self._reading:
+        if self._transport is None or self._refused or self._handed_over:
+            return
+        if reading == self._reading:
             return
         if reading and self._server.closing:
             return
@@ -272,6 +296,10 @@ class Connection(asyncio.BufferedProtocol):
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """Run a task of the server; it outlives the connection."""
         self._server.spawn(coroutine)
+
+    def gone(self) -> None:
+        """The socket that the session took is closed."""
+        self._end_session()
 
     def refuse(self, last_words: bytes, reason: str) -> None:
         """Say why, then end: half-close, read what still comes, give up after a while."""
@@ -292,11 +320,15 @@ class Connection(asyncio.BufferedProtocol):
 
     def end(self) -> asyncio.Future[None]:
         """Send what is queued and disconnect; done when the connection is gone."""
-        if self._transport is not None:
+        if self._handed_over:
+            self._end_session()
+        elif self._transport is not None:
             self._transport.close()
         return self._gone
 
     def abort(self) -> None:
         """Disconnect now."""
-        if self._transport is not None:
+        if self._handed_over:
+            self._end_session()
+        elif self._transport is not None:
             self._transport.abort()

@@ -16,6 +16,9 @@ class Peer(Protocol):
     def set_reading(self, reading: bool) -> None:
         """Read from the peer, or let it wait. Idempotent."""
 
+    def gone(self) -> None:
+        """The socket that the session took is closed."""
+
     def refuse(self, last_words: bytes, reason: str) -> None:
         """The peer broke the protocol: send this, then end the connection."""
 
@@ -27,6 +30,14 @@ class Session(ABC):
     """One role's handling of a connection's bytes."""
 
     receive_bytes = limits.RECEIVE_BYTES  # at most this per wake-up
+    takes_socket = False  # then take_socket() is called, and nothing but lost() after it
+
+    def take_socket(self, fd: int, *, received: bytes, greeting: bytes) -> None:
+        """The socket, what was read of it, and what it is to be sent first.
+
+        OSError: fd stays the caller's.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def received(self, data: memoryview) -> None:

@@ -29,7 +29,7 @@ from millpond.native.store import VolumeState
 from millpond.store.errors import StoreError
 from sim.guest import REPLY, REQUEST, REQUEST_MAGIC
 from sim.history import BLOCK, Kind, Op, Shape
-from sim.nodes import CACHE_ID, SEGMENT_BYTES
+from sim.nodes import CACHE_ID, SEGMENT_BYTES, FetchSocket
 from sim.oracle import Illegal
 from sim.settings import Settings
 from sim.world import TURNS_MAX, VOLUME, World
@@ -72,6 +72,7 @@ class Spoiled:
     errors: int = 0
     _received: bytearray = field(default_factory=bytearray)
     _events: list[Event] = field(default_factory=list)
+    _fetch: FetchSocket | None = None
 
     def outlive(self) -> str:
         """Refused, failed, errors or whole."""
@@ -114,7 +115,7 @@ class Spoiled:
             return
         engine = world.cache.engine
         engine.dirty_recorded(VOLUME, True)
-        engine.link(0, up=True)
+        self._fetch = FetchSocket(world.cache.sim, engine)
         self._socket = world.cache.sim.socket()
         engine.connect(VOLUME, self._socket, read_only=False, received=b"", cookie=9)
 
@@ -142,10 +143,11 @@ class Spoiled:
         world.cache.engine.step(1_000_000)
         world.store.step()
         engine, core = world.cache.engine, world.store.core
-        if engine.fetch_pending(0):
-            core.feed(world._link, engine.take_fetch(0))
-        while data := core.take(world._link):
-            engine.feed_fetch(0, data)
+        if self._fetch is not None:
+            if data := self._fetch.take():
+                core.feed(world._link, data)
+            while data := core.take(world._link):
+                self._fetch.feed(data)
         for event in engine.events():
             self.failed |= isinstance(event, VolumeFailed | EngineFailed)
             self._events.append(event)

@@ -42,6 +42,27 @@ class Pipe:
         return taken
 
 
+class FetchSocket:
+    """The engine's fetch connection, and a test at its other end."""
+
+    def __init__(self, sim: Sim, engine: Engine) -> None:
+        self._sim = sim
+        self._socket = sim.socket()
+        engine.fetch_open(0, self._socket, received=b"", cookie=self._socket)
+
+    def take(self) -> bytes:
+        """READ frames that the engine sent."""
+        return self._sim.pop(self._socket)
+
+    def feed(self, data: bytes) -> None:
+        """Replies."""
+        self._sim.push(self._socket, data)
+
+    def hang_up(self) -> None:
+        """As a store that went away."""
+        self._sim.hangup(self._socket)
+
+
 class WorldEnded(Exception):
     """The simulated crash."""
 

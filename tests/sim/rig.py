@@ -19,7 +19,7 @@ from millpond.native.engine import (
     VolumeFailed,
 )
 from millpond.native.store import StoreOptions
-from sim.nodes import MIB, StoreNode
+from sim.nodes import MIB, FetchSocket, StoreNode
 from sim.oracle import Illegal
 
 BLOCK = 4096
@@ -77,7 +77,7 @@ class Rig:
         """Recover."""
         self.engine = Engine.open_driver(self.sim.driver(), self.options)
         self._up = True
-        self.engine.link(0, up=True)
+        self._fetch = FetchSocket(self.sim, self.engine)
 
     def fall(self, options: SimOptions | None = None) -> None:
         """Crash; the disk keeps all that reached it unless options say otherwise."""
@@ -108,10 +108,10 @@ class Rig:
 
     def carry(self) -> None:
         """Misses to the store, answers back."""
-        if self.engine.fetch_pending(0):
-            self.store.core.feed(2, self.engine.take_fetch(0))
+        if data := self._fetch.take():
+            self.store.core.feed(2, data)
         while data := self.store.core.take(2):
-            self.engine.feed_fetch(0, data)
+            self._fetch.feed(data)
 
     def until(self, done: Callable[[], object]) -> None:
         """Turns, until something is so.  Illegal."""

@@ -40,7 +40,7 @@ from millpond.store.catalogue import Catalogue
 from millpond.store.wire import Frame
 from sim.guest import Guest, read_image
 from sim.history import BLOCK, KIB, Kind, Op, make_history
-from sim.nodes import CACHE_ID, MIB, CacheNode, Pipe, StoreNode, WorldEnded
+from sim.nodes import CACHE_ID, MIB, CacheNode, FetchSocket, Pipe, StoreNode, WorldEnded
 from sim.oracle import Disk, Illegal, Mutation, always, is_acknowledged, is_durable, never
 from sim.settings import Settings
 
@@ -108,6 +108,7 @@ class World:
         self._stale: bytes | None = None  # a batch that is late: its writer is gone
         self._link = 2  # connections at the store: fetch, destage (the next one)
         self._to_store, self._to_cache, self._batch_replies = Pipe(), Pipe(), Pipe()
+        self._fetch: FetchSocket | None = None  # the engine's end of the link
         self._events: list[Event] = []
         self._promised: Promise = is_acknowledged  # what the last fall of the cache may not take
         self._loses_power: dict[str, bool] = {}
@@ -277,7 +278,8 @@ class World:
             self.store.core.hangup(self._link)
             self.store.core.hangup(self._link + 1)
         if self.cache.is_up and not self.cache.sim.crashed:
-            self.cache.engine.link(0, up=False)
+            self.cache.engine.fetch_close(0)
+        self._fetch = None
         self._link += 2
 
     # -- opening
@@ -312,7 +314,7 @@ class World:
     def _connect_store(self) -> None:
         if not self.cache.is_up:
             return
-        self.cache.engine.link(0, up=True)
+        self._fetch = FetchSocket(self.cache.sim, self.cache.engine)
         if self._batch is not None and self.rng.randrange(2):
             self._batch = None  # cut again; else the same bytes once more
             self._want_cut = True
@@ -361,7 +363,7 @@ class World:
         self.dirty_recorded = after.dirty_holder == self.cache_id
         if self.dirty_recorded:
             engine.dirty_recorded(VOLUME, True)
-        engine.link(0, up=True)
+        self._fetch = FetchSocket(self.cache.sim, engine)
         self._connect_guest(opened.last_sequence)
 
     def _open_engine(self, state: VolumeState, lineage: int, *, keep_slots: bool) -> Opened:
@@ -480,15 +482,15 @@ class World:
 
     def _carry(self) -> None:
         """Misses and their answers, batch replies."""
-        engine, core = self.cache.engine, self.store.core
-        if engine.fetch_pending(0):
-            self._to_store.data += engine.take_fetch(0)
+        core = self.store.core
+        if self._fetch is not None:
+            self._to_store.data += self._fetch.take()
         if self._to_store.data and (data := self._to_store.take(self.rng)):
             core.feed(self._link, data)
         while data := core.take(self._link):
             self._to_cache.data += data
-        if self._to_cache.data and (data := self._to_cache.take(self.rng)):
-            engine.feed_fetch(0, data)
+        if self._fetch is not None and self._to_cache.data:
+            self._fetch.feed(self._to_cache.take(self.rng))
         while data := core.take(self._link + 1):
             self._batch_replies.data += data
         if self._batch_replies.data:
