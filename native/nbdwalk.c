@@ -72,11 +72,12 @@ static bool may_prefetch(const struct mp_engine *engine)
 static bool cache_walk(struct request *request, uint32_t *steps)
 {
 	struct mp_engine *engine = request->connection->engine;
+	const struct store_link *store = &engine->stores[request->connection->volume->store];
 	uint64_t end = end_block(request);
 
 	if (request->connection->volume->failed)
 		request_error(request, EIO);
-	if (request->error || !store_link_is_up(&engine->stores[request->connection->volume->store]))
+	if (request->error || !store_link_is_up(store))
 		return true;
 	while (request->cursor < end && *steps) {
 		--*steps;
