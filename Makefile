@@ -1,8 +1,8 @@
 # Two commands do everything on a fresh Debian 12 with Python 3.11, make and git:
 #   make demo    build, install into .venv, and run the main job
 #   make test    install what the tests need and run them all
-# The rest: build, bench, lint, format, prove WHAT=skeleton, clean. System packages are
-# printed first; only those that are missing are installed, with sudo where not root.
+# The rest: build, install, uninstall, bench, lint, format, prove WHAT=skeleton, clean. System
+# packages are printed first; only those that are missing are installed, with sudo where not root.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -37,11 +37,14 @@ endif
 
 NATIVE := $(wildcard native/*.c native/*.h native/build_native.py)
 
-.PHONY: help demo test build bench lint format prove clean
+.PHONY: help demo test build install uninstall bench lint format prove clean
 help:
 	@sed -n '1,5s/^# \{0,1\}//p' Makefile
 
 give_up = { echo "make $(1)" >&2; exit 1; }
+
+python_missing = { echo "make: Python 3.11 or newer is needed, found \
+	$$(python3 --version 2>&1 || true)" >&2; exit 1; }
 
 # $(call install,what,packages): print the packages, install the missing ones.
 define install
@@ -81,7 +84,7 @@ $(RUN)/bench.packages: Makefile
 
 # The virtual environment: Millpond editable, its dependencies and the developer's tools.
 $(RUN)/venv: pyproject.toml | $(RUN)/build.packages
-	@[[ -n "$(PYTHON)" ]] || $(call give_up,Python 3.11 or newer is needed)
+	@[[ -n "$(PYTHON)" ]] || $(python_missing)
 	[[ -x $(VENV)/bin/python ]] || "$(PYTHON)" -m venv $(VENV)
 	echo "make build: installing into $(VENV)"
 	$(VENV)/bin/pip install -q --disable-pip-version-check -e '.[dev]'
@@ -96,6 +99,46 @@ $(RUN)/native: $(RUN)/venv $(NATIVE)
 	touch $@
 
 build: $(RUN)/native
+
+# For all users of this machine, or below DESTDIR for a package. Configuration files are made only
+# where there are none; running daemons keep what they loaded until they are started anew.
+PREFIX := /usr/local
+SYSCONFDIR := /etc
+DESTDIR :=
+LIBRARY = $(DESTDIR)$(PREFIX)/lib/millpond
+COMMAND = $(DESTDIR)$(PREFIX)/bin/millpond
+SETTINGS = $(DESTDIR)$(SYSCONFDIR)/millpond
+MARK = $(LIBRARY)/installed-by-make
+not_ours = [[ ! -e $(LIBRARY) || -e $(MARK) ]] || $(call give_up,$@: $(LIBRARY) is not ours)
+
+install: $(RUN)/build.packages
+	@[[ -n "$(PYTHON)" ]] || $(python_missing)
+	$(not_ours)
+	[[ ! -e $(COMMAND) || -L $(COMMAND) ]] || $(call give_up,$@: $(COMMAND) is not ours)
+	mkdir -p $(LIBRARY) $(dir $(COMMAND)) $(SETTINGS)
+	touch $(MARK)
+	"$(PYTHON)" -m venv $(LIBRARY)
+	echo "make install: installing into $(LIBRARY)"
+	$(LIBRARY)/bin/pip install -q --disable-pip-version-check --upgrade .
+	for kind in cache store; do
+		$(LIBRARY)/bin/millpond config sample $$kind > $(LIBRARY)/$$kind.toml
+		[[ -e $(SETTINGS)/$$kind.toml ]] || cp $(LIBRARY)/$$kind.toml $(SETTINGS)
+	done
+	if [[ -n "$(DESTDIR)" ]]; then sed -i '1s|^#!$(DESTDIR)|#!|' $(LIBRARY)/bin/millpond; fi
+	ln -sfn ../lib/millpond/bin/millpond $(COMMAND)
+	echo "make install: $(COMMAND), $(SETTINGS)"
+
+# What install made, and nothing else: no data, no configuration file that was edited.
+uninstall:
+	@$(not_ours)
+	for kind in cache store; do
+		file=$(SETTINGS)/$$kind.toml
+		if cmp -s $(LIBRARY)/$$kind.toml $$file; then rm $$file; fi
+		if [[ -e $$file ]]; then echo "make uninstall: $$file was edited and stays"; fi
+	done
+	rmdir $(SETTINGS) 2> /dev/null || true
+	[[ "$$(readlink $(COMMAND))" != ../lib/millpond/bin/millpond ]] || rm $(COMMAND)
+	rm -rf $(LIBRARY)
 
 demo: $(RUN)/demo.packages $(RUN)/native
 	@PYTHONPATH=bench $(VENV)/bin/python -m demo

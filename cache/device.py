@@ -21,6 +21,7 @@ from millpond.cache import limits
 from millpond.cache.chance import Chance
 from millpond.cache.errors import CacheError, escaped
 from millpond.native.engine import Engine, EngineOptions, FormatOptions, NativeError, format_device
+from millpond.native.needs import direct_problem
 
 EDGE_BYTES = limits.MIB
 SUPER_MAGIC = b"MPNDSCP1"  # MP_CACHE_SUPER_MAGIC, little endian
@@ -38,7 +39,8 @@ def open_locked(path: str) -> int:
             flags |= os.O_EXCL
         descriptor = os.open(path, flags)
     except OSError as error:
-        raise DeviceError(f"{escaped(path)}: {_reason(error)}") from None
+        reason = direct_problem(path) if error.errno == errno.EINVAL else _reason(error)
+        raise DeviceError(f"{escaped(path)}: {reason}") from None
     try:
         kind = os.fstat(descriptor).st_mode
         if not stat.S_ISBLK(kind) and not stat.S_ISREG(kind):

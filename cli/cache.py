@@ -14,6 +14,7 @@ from millpond.cli.configtypes import CACHE_FILE, CacheFile, ControlTable, NbdTab
 from millpond.cli.foreground import (
     Socket,
     StopSignals,
+    check_machine,
     expected_errors,
     log_to_stderr,
     nbd_uri,
@@ -125,6 +126,7 @@ def serve(
         defaults=settings_of(file.defaults) if file is not None else VolumeSettings(),
         volumes=volumes_of(file) if file is not None else {},
     )
+    check_machine()
     log_to_stderr()
     with expected_errors():
         run(_serve(device, config, nbd_socket, _socket(control, file.control if file else None)))

@@ -6,6 +6,7 @@ from outside was escaped where it was written.
 
 import asyncio
 import logging
+import os
 import signal
 import sys
 from collections.abc import Awaitable, Iterator, Sequence
@@ -27,9 +28,17 @@ from millpond.cache.shaping import RateLimits
 from millpond.cache.status import handlers_of
 from millpond.cli.output import parse_size
 from millpond.cli.run import BUSY, FAILED, NOT_FOUND, UNREACHABLE, USAGE, CommandError
+from millpond.native.needs import kernel_problem
 from millpond.nbd.errors import NbdError
 from millpond.nbd.server import NbdServer
 from millpond.store.unixsocket import SOCKET_MODE
+
+
+def check_machine() -> None:
+    """Before anything is touched: can this machine run a daemon of ours?"""
+    problem = kernel_problem(os.uname().release)
+    if problem:
+        raise CommandError(problem)
 
 
 def log_to_stderr() -> None:

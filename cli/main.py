@@ -11,9 +11,8 @@ from typing import Any
 
 import typer
 
-from millpond.cli import cache, config, flush, status, store, up, volume
+from millpond.cli import cache, config, flush, status, store, up, version, volume
 from millpond.cli.run import FAILED, USAGE, CommandError, complain
-from millpond.store.daemon import own_version
 from millpond.store.errors import StoreError
 
 MODULES = (
@@ -24,6 +23,7 @@ MODULES = (
     config,
     status,
     flush,
+    version,
 )
 
 # typer vendors or imports click depending on its version; its one public usage error leads there.
@@ -39,12 +39,6 @@ app = typer.Typer(
     add_completion=True,
     rich_markup_mode=None,
 )
-
-
-@app.command()
-def version() -> None:
-    """Print the version."""
-    typer.echo(f"millpond {own_version()}")
 
 
 for module in MODULES:

@@ -28,6 +28,7 @@ from millpond.cache.errors import escaped
 from millpond.cli.foreground import (
     Socket,
     StopSignals,
+    check_machine,
     expected_errors,
     log_to_stderr,
     nbd_uri,
@@ -82,6 +83,7 @@ def up(
         read_only=read_only,
     )
     check_sizes(size_bytes, cache_bytes)
+    check_machine()
     log_to_stderr()
     with place.locked(), expected_errors():
         run(_up(place, size_bytes, cache_bytes, settings, accept_loss=accept_loss))

@@ -13,6 +13,7 @@ import os
 from typing import Any
 
 from millpond.native import ffi, lib
+from millpond.native.needs import directory_problem
 from millpond.native.record import xxh3
 from millpond.native.store import StoreCore, StoreOpenError, StoreOptions, format_store
 from millpond.store.catalogue import new_id
@@ -35,6 +36,8 @@ class OpenStore:
         self._driver: Any = None
         self.core: StoreCore
         try:
+            if problem := directory_problem(directory):
+                raise StoreError(Code.IO, f"directory {one_line(directory)}: {problem}")
             exists = os.path.exists(os.path.join(directory, SUPERBLOCK_NAME))
             if not exists:
                 _check_may_format(directory, format_when_empty=format_when_empty)

@@ -44,7 +44,13 @@ def name_of(path: Path) -> str:
 PYTHON = files(".py")
 C_CODE = files(".c", ".h")
 TEXT = [*files(".py", ".pyi", ".c", ".h", ".sh"), ROOT / "Makefile", ROOT / ".ci" / "run"]
-DOCUMENTS = [*files(".md"), ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "pyproject.toml"]
+DOCUMENTS = [
+    *files(".md"),
+    ROOT / "README.md",
+    ROOT / "SECURITY.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "pyproject.toml",
+]
 
 each_python = pytest.mark.parametrize("path", PYTHON, ids=name_of)
 each_c = pytest.mark.parametrize("path", C_CODE, ids=name_of)

@@ -1,0 +1,92 @@
+"""`make install` and `make uninstall`: what they make, keep and refuse.
+
+Python's part, a virtual environment with the package in it, is played by a script: the real one
+needs a package index (`make install DESTDIR=...` by hand).
+"""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PLAYED = """#!/bin/sh
+# python -m venv DIR
+mkdir -p "$3/bin"
+printf '#!/bin/sh\\nexit 0\\n' > "$3/bin/pip"
+printf '#!%s/bin/python\\n' "$3" > "$3/bin/millpond.real"
+printf '#!/bin/sh\\necho "# sample of $3"\\n' > "$3/bin/millpond"
+chmod +x "$3"/bin/*
+"""
+
+
+@pytest.fixture
+def python(tmp_path: Path) -> Path:
+    path = tmp_path / "python"
+    path.write_text(PLAYED)
+    path.chmod(0o755)
+    return path
+
+
+def make(target: str, destination: Path, python: Path) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [
+            *("make", "-s", "-C", str(ROOT), target, f"PYTHON={python}", f"DESTDIR={destination}"),
+            *("PREFIX=/usr", "-o", ".run/build.packages"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "MAKEFLAGS": ""},
+    )
+
+
+def tree(directory: Path) -> set[str]:
+    return {str(path.relative_to(directory)) for path in directory.rglob("*") if not path.is_dir()}
+
+
+def test_install_and_uninstall_leave_nothing(tmp_path: Path, python: Path) -> None:
+    root = tmp_path / "root"
+    done = make("install", root, python)
+    assert done.returncode == 0, done.stderr
+    assert (root / "usr/bin/millpond").resolve() == root / "usr/lib/millpond/bin/millpond"
+    assert (root / "etc/millpond/cache.toml").read_text() == "# sample of cache\n"
+    assert (root / "etc/millpond/store.toml").read_text() == "# sample of store\n"
+    assert make("install", root, python).returncode == 0, "again, as an upgrade does"
+    assert make("uninstall", root, python).returncode == 0
+    assert tree(root) == set()
+
+
+def test_settings_that_were_edited_and_data_stay(tmp_path: Path, python: Path) -> None:
+    root = tmp_path / "root"
+    (root / "etc/millpond").mkdir(parents=True)
+    (root / "etc/millpond/cache.toml").write_text("mine\n")
+    (root / "var/lib/millpond").mkdir(parents=True)
+    (root / "var/lib/millpond/cache").write_text("data")
+    assert make("install", root, python).returncode == 0
+    assert (root / "etc/millpond/cache.toml").read_text() == "mine\n"
+    (root / "etc/millpond/store.toml").write_text("edited\n")
+    removed = make("uninstall", root, python)
+    assert removed.stdout.count("was edited and stays") == 2
+    assert tree(root) == {
+        "etc/millpond/cache.toml",
+        "etc/millpond/store.toml",
+        "var/lib/millpond/cache",
+    }
+
+
+def test_what_is_not_ours_is_refused(tmp_path: Path, python: Path) -> None:
+    root = tmp_path / "root"
+    (root / "usr/lib/millpond").mkdir(parents=True)
+    (root / "usr/lib/millpond/precious").touch()
+    for target in ("install", "uninstall"):
+        refused = make(target, root, python)
+        assert refused.returncode != 0 and "is not ours" in refused.stderr
+    assert tree(root) == {"usr/lib/millpond/precious"}
+    other = tmp_path / "other"
+    (other / "usr/bin").mkdir(parents=True)
+    (other / "usr/bin/millpond").write_text("somebody's")
+    assert "is not ours" in make("install", other, python).stderr
+    assert make("uninstall", other, python).returncode == 0
+    assert tree(other) == {"usr/bin/millpond"}
