@@ -37,7 +37,7 @@ def control_path(directory: str | None, control: str | None) -> str:
         return os.path.join(directory, "control.sock")
     if control is None:
         raise CommandError(
-            "which cache? give --control SOCKET or --dir DIR, or set MILLPOND_CONTROL",
+            "give either --dir DIR or --control SOCKET, or set MILLPOND_CONTROL",
             exit_code=USAGE,
         )
     return control
