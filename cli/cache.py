@@ -12,6 +12,9 @@ from millpond.cache.shaping import RateLimits
 from millpond.cli.configfile import load, rates_of, settings_of, volumes_of
 from millpond.cli.configtypes import CACHE_FILE, CacheFile, ControlTable, NbdTable
 from millpond.cli.foreground import (
+    AverageRateOption,
+    PeakRateOption,
+    ReadOnlyOption,
     Socket,
     StopSignals,
     check_machine,
@@ -89,15 +92,9 @@ def serve(
     control: Annotated[
         str | None, typer.Option("--control", help="unix socket for `millpond status`")
     ] = None,
-    average_rate: Annotated[
-        str | None, typer.Option("--average-rate", help="of destage, bytes/s like 20MiB")
-    ] = None,
-    peak_rate: Annotated[
-        str | None, typer.Option("--peak-rate", help="of destage in any second, bytes/s")
-    ] = None,
-    read_only: Annotated[
-        bool | None, typer.Option("--read-only", help="guests may not write", show_default=False)
-    ] = None,
+    average_rate: AverageRateOption = None,
+    peak_rate: PeakRateOption = None,
+    read_only: ReadOnlyOption = None,
     name: Annotated[str | None, typer.Option("--name", help="of this cache, in logs")] = None,
 ) -> None:
     """Serve every volume of the stores over NBD until SIGTERM or SIGINT.

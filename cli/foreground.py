@@ -12,7 +12,10 @@ import sys
 from collections.abc import Awaitable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Annotated
 from urllib.parse import quote
+
+import typer
 
 from millpond.cache.control import ControlServer
 from millpond.cache.daemon import CacheDaemon
@@ -32,6 +35,16 @@ from millpond.native.needs import kernel_problem
 from millpond.nbd.errors import NbdError
 from millpond.nbd.server import NbdServer
 from millpond.store.unixsocket import SOCKET_MODE
+
+AverageRateOption = Annotated[
+    str | None, typer.Option("--average-rate", help="of destage, bytes/s like 20MiB")
+]
+PeakRateOption = Annotated[
+    str | None, typer.Option("--peak-rate", help="of destage in any second, bytes/s")
+]
+ReadOnlyOption = Annotated[
+    bool | None, typer.Option("--read-only", help="guests may not write", show_default=False)
+]
 
 
 def check_machine() -> None:

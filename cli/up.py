@@ -26,6 +26,9 @@ from millpond.cache.daemon import CacheConfig, CacheDaemon
 from millpond.cache.device import format_cache, sync_directory
 from millpond.cache.errors import escaped
 from millpond.cli.foreground import (
+    AverageRateOption,
+    PeakRateOption,
+    ReadOnlyOption,
     Socket,
     StopSignals,
     check_machine,
@@ -61,13 +64,9 @@ def up(
     cache_size: Annotated[
         str | None, typer.Option("--cache-size", help="of the cache; 2GiB when DIR is new")
     ] = None,
-    average_rate: Annotated[
-        str | None, typer.Option("--average-rate", help="of destage, bytes/s like 20MiB")
-    ] = None,
-    peak_rate: Annotated[
-        str | None, typer.Option("--peak-rate", help="of destage in any second, bytes/s")
-    ] = None,
-    read_only: Annotated[bool, typer.Option("--read-only", help="guests may not write")] = False,
+    average_rate: AverageRateOption = None,
+    peak_rate: PeakRateOption = None,
+    read_only: ReadOnlyOption = None,
     accept_loss: Annotated[
         bool, typer.Option("--accept-loss", help="the cache is gone: go on from what the store has")
     ] = False,
@@ -80,7 +79,7 @@ def up(
         stores=(f"unix:{place.store_socket}",),
         host_rates=parse_rates(average_rate, peak_rate),
         name="millpond up",
-        read_only=read_only,
+        read_only=bool(read_only),
     )
     check_sizes(size_bytes, cache_bytes)
     check_machine()

@@ -5,16 +5,22 @@ A crash is an image of the device, taken while its cache ran: what had completed
 
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from cache_rig import MIB, SIZE_BYTES, VOLUME, World, rig, run, until
 from millpond.cache import limits
+from millpond.cache.errors import VolumeRefused
 from millpond.cache.exports import ExportError
+from millpond.cache.positions import check_still_ours
+from millpond.cache.replicas import VolumeRecord
 from millpond.cache.shaping import RateLimits
 from millpond.cache.volumes import State
+from millpond.native.engine import VolumeStatus
 from nbdclient import NbdReplyError
 
 NEW_BYTES = 2 * SIZE_BYTES
@@ -26,6 +32,30 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Idle times of a test."""
     monkeypatch.setattr(limits, "RELEASE_IDLE_S", 0.1)
     monkeypatch.setattr(limits, "GATHER_S", 0.02)
+
+
+RECORD = VolumeRecord(
+    name=VOLUME,
+    id="00" * 15 + "01",
+    size_bytes=SIZE_BYTES,
+    epoch=4,
+    lineage=9,
+    applied_sequence=20,
+    open_holder="11" * 16,
+)
+NUMBERS = dict.fromkeys(VolumeStatus.__slots__, 0)
+NUMBERS |= {"size_bytes": SIZE_BYTES, "epoch": 4, "destaged_sequence": 20, "last_sequence": 25}
+KNOWN = VolumeStatus(**{**NUMBERS, "id": b"1"})  # type: ignore[arg-type]  # all but the id are int
+
+
+def test_device_with_unshipped_writes_refuses_a_store_that_is_smaller() -> None:
+    ours = bytes.fromhex("11" * 16)
+    larger = msgspec.structs.replace(RECORD, size_bytes=NEW_BYTES)
+    check_still_ours(larger, KNOWN, ours)
+    smaller = msgspec.structs.replace(RECORD, size_bytes=SIZE_BYTES // 2)
+    with pytest.raises(VolumeRefused, match="writes that were not shipped"):
+        check_still_ours(smaller, KNOWN, ours)
+    check_still_ours(smaller, replace(KNOWN, last_sequence=20), ours)
 
 
 async def tell_store(world: World, op: str, **arguments: Any) -> dict[str, Any]:
