@@ -12,6 +12,7 @@ import errno
 
 from millpond.cache.links import Identity, Stream
 from millpond.native.engine import Engine, LinkBroken
+from millpond.store.wire import FEATURE_BLOCK_STATUS
 
 
 class FetchStream(Stream):
@@ -41,10 +42,13 @@ class FetchStream(Stream):
         return self._store << 32 | self.connects
 
     def up(self) -> None:
-        assert self._link is not None
+        assert self._link is not None and self._link.store is not None, "it greeted us"
+        block_status = FEATURE_BLOCK_STATUS in self._link.store.features
         fd = self._link.detach()
         early, self._early = self._early, bytearray()
-        self._engine.fetch_open(self._store, fd, received=early, cookie=self._cookie)
+        self._engine.fetch_open(
+            self._store, fd, received=early, cookie=self._cookie, block_status=block_status
+        )
 
     def down(self, reason: str) -> None:
         self._early.clear()

@@ -134,7 +134,6 @@ static void cut_off(struct mp_engine *engine)
 	for (link = engine->connections.next; link != &engine->connections; link = link->next)
 		CONTAINER(link, struct connection, in_engine)->broken = true;
 	fetches_abandon(engine);
-	statuses_abandon(engine);
 	for (i = 0; i < engine->volume_count; i++)
 		if (engine->volumes[i]) {
 			mutations_unhold(engine->volumes[i]);
@@ -344,7 +343,6 @@ static struct mp_engine *engine_new(struct mp_driver *driver,
 	list_init(&engine->connections);
 	fetch_links_init(engine);
 	list_init(&engine->walks);
-	list_init(&engine->statuses);
 	engine->commands_tail = &engine->commands;
 	engine->events_tail = &engine->events;
 	engine->next_origin = 1;

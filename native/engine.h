@@ -137,12 +137,15 @@ int64_t mp_engine_take_batch(struct mp_engine *engine, const uint8_t *id, void *
 /* The store has durably applied everything up to sequence. */
 int mp_engine_destaged(struct mp_engine *engine, const uint8_t *id, uint64_t sequence);
 
-/* Misses: hand over the connection to a store, connected and its handshake done, with
- * bytes already read from it. The engine owns socket from here (on error too) and sends READ frames
- * on it. MP_EVENT_LINK_BROKEN with cookie when it is gone; outstanding reads wait and are sent
- * again on the next one. A connection that the store had before is closed. */
-int mp_engine_fetch_open(struct mp_engine *engine, uint32_t store, int socket, const void *bytes,
-			 uint64_t length_bytes, uint64_t cookie);
+/* What a store said in its HELLO_REPLY that it can do. */
+enum mp_store_feature { MP_STORE_BLOCK_STATUS = 1 };
+/* Misses: hand over the connection to a store, connected and its handshake done, with bytes already
+ * read from it. The engine owns socket from here (on error too) and sends READ frames on it.
+ * MP_EVENT_LINK_BROKEN with cookie when it is gone; outstanding reads wait and are sent again on
+ * the next one. A connection that the store had before is closed. features: enum
+ * mp_store_feature. */
+int mp_engine_fetch_open(struct mp_engine *engine, uint32_t store, int socket, uint32_t features,
+			 const void *bytes, uint64_t length_bytes, uint64_t cookie);
 /* Close it, without an event. */
 int mp_engine_fetch_close(struct mp_engine *engine, uint32_t store);
 /* Bytes that went over a store's connections so far. */

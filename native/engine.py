@@ -402,10 +402,22 @@ class Engine:
         """The store has durably applied everything up to sequence."""
         _check(lib.mp_engine_destaged(self._engine, volume, sequence), "destage acknowledgement")
 
-    def fetch_open(self, store: int, fd: int, *, received: Buffer, cookie: int) -> None:
-        """Hand over a fetch connection after its handshake; fd is consumed, on error too."""
+    def fetch_open(
+        self,
+        store: int,
+        fd: int,
+        *,
+        received: Buffer,
+        cookie: int,
+        block_status: bool = True,
+    ) -> None:
+        """Hand over a fetch connection after its handshake; fd is consumed, on error too.
+
+        block_status: the store answers BLOCK_STATUS.
+        """
+        features = lib.MP_STORE_BLOCK_STATUS if block_status else 0
         result = lib.mp_engine_fetch_open(
-            self._engine, store, fd, ffi.from_buffer(received), len(received), cookie
+            self._engine, store, fd, features, ffi.from_buffer(received), len(received), cookie
         )
         _check(result, "hand-over of a fetch connection")
 

@@ -396,7 +396,6 @@ struct mp_engine {
 	struct link walks;            /* CACHE and BLOCK_STATUS, whose turn it is first */
 	bool walks_pending;           /* there is work for the next turn */
 	uint32_t prefetches;          /* slices of CACHE that wait for the store */
-	struct link statuses;         /* BLOCK_STATUS that waits for the store */
 	bool resume_wanted;           /* a request ended: paused connections may go on */
 	struct store_link stores[STORES_MAX];
 	struct link fetches[FETCH_BUCKETS]; /* outstanding, by request id */
@@ -471,7 +470,11 @@ void request_finish(struct request *request);
 /* nbdwalk.c, nbdstatus.c */
 void walks_step(struct mp_engine *engine);
 void prefetch_done(struct read *read);
-void statuses_abandon(struct mp_engine *engine); /* the store will not answer: not known */
+/* The store will not answer: not known. */
+void statuses_abandon(struct store_link *store);
+/* The first that waits is asked: READ_FRAME_BYTES. */
+void status_frame(struct store_link *store, uint8_t *out);
+int status_reply(struct store_link *store, const struct mp_frame *frame, const uint8_t *payload);
 
 /* reads.c */
 /* Where a block is; its number, checksum and kind. */

@@ -124,6 +124,8 @@ int fetch_reply(struct store_link *store, const uint8_t *bytes, uint64_t length_
 	int rc;
 
 	memcpy(&frame, bytes, sizeof frame);
+	if (frame.type == MP_FRAME_BLOCK_STATUS_REPLY)
+		return status_reply(store, &frame, bytes + sizeof frame);
 	if (frame.type != MP_FRAME_READ_REPLY)
 		return -EPROTO;
 	fetch = fetch_by_id(engine, frame.request_id);
@@ -157,4 +159,6 @@ void fetches_abandon(struct mp_engine *engine)
 	for (uint32_t i = 0; i < FETCH_BUCKETS; i++)
 		while (!list_is_empty(&engine->fetches[i]))
 			fetch_end(CONTAINER(engine->fetches[i].next, struct fetch, in_bucket), EIO);
+	for (uint32_t i = 0; i < STORES_MAX; i++)
+		statuses_abandon(&engine->stores[i]);
 }

@@ -42,6 +42,8 @@ struct store_link {
 	uint64_t cookie;
 	uint32_t interest;
 	struct link waiting, sent;
+	bool block_status;        /* it answers BLOCK_STATUS */
+	struct link statuses_waiting, statuses; /* the latter are asked (nbdstatus.c) */
 	uint8_t *out;             /* FETCH_OUT_BYTES of frames on their way */
 	uint32_t out_begin, out_end;
 	uint8_t *in;              /* replies: the start of an incomplete frame */

@@ -39,6 +39,7 @@ static void drop(struct store_link *store)
 	store->interest = 0;
 	store->out_begin = store->out_end = 0;
 	store->in_length = 0;
+	statuses_abandon(store);
 	while (!list_is_empty(&store->sent)) {
 		struct link *youngest = store->sent.previous;
 		list_remove(youngest);
@@ -98,6 +99,12 @@ static void fill_out(struct store_link *store)
 		list_remove(&fetch->in_queue);
 		list_append(&store->sent, &fetch->in_queue);
 	}
+	/* The guests' reads go first. */
+	while (!list_is_empty(&store->statuses_waiting) &&
+	       store->out_end + READ_FRAME_BYTES <= FETCH_OUT_BYTES) {
+		status_frame(store, store->out + store->out_end);
+		store->out_end += READ_FRAME_BYTES;
+	}
 }
 
 static void send_frames(struct store_link *store)
@@ -145,7 +152,8 @@ void fetch_links_flush(struct mp_engine *engine)
 	engine->fetches_wait = false;
 	for (i = 0; i < STORES_MAX; i++) {
 		struct store_link *store = &engine->stores[i];
-		if (store_link_is_up(store) && !list_is_empty(&store->waiting))
+		if (store_link_is_up(store) && (!list_is_empty(&store->waiting) ||
+						 !list_is_empty(&store->statuses_waiting)))
 			send_frames(store);
 	}
 }
@@ -251,6 +259,7 @@ void fetch_link_open(struct mp_engine *engine, const struct command *command)
 		drop(store);
 	store->socket = command->socket;
 	store->cookie = command->cookie;
+	store->block_status = command->flag & MP_STORE_BLOCK_STATUS;
 	if (!store->out)
 		store->out = malloc(FETCH_OUT_BYTES);
 	if (!store->out || command->length_bytes > REPLY_BYTES_MAX ||
@@ -285,6 +294,8 @@ void fetch_links_init(struct mp_engine *engine)
 		store->socket = -1;
 		list_init(&store->waiting);
 		list_init(&store->sent);
+		list_init(&store->statuses_waiting);
+		list_init(&store->statuses);
 	}
 }
 

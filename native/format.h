@@ -2,6 +2,8 @@
  *
  * History
  *   version 1 (2026-11): first format.
+ *   wire version 1, feature "block-status" (2026-11): BLOCK_STATUS frames. A cache sends them only
+ *   to a store whose HELLO_REPLY names the feature.
  *
  * Rules: little endian, natural alignment, no packed structs, holes are named `reserved`, written
  * as zero and checked on read. Magic and checksum come first; 0 is never a valid address or
@@ -35,6 +37,7 @@ enum {
 	MP_BATCH_PARTS_MAX = 64,          /* records in one batch */
 	MP_FRAME_PAYLOAD_MAX = 16777216,  /* bytes behind a frame header */
 	MP_READ_BLOCKS_MAX = 256,         /* blocks asked for in one READ frame */
+	MP_STATUS_RUNS_MAX = 4096,        /* runs in one BLOCK_STATUS_REPLY */
 	MP_CACHE_SEGMENT_BYTES = 8388608, /* write log segment on the cache device */
 	MP_SLOT_BLOCKS_MAX = 16
 };
@@ -264,7 +267,9 @@ enum mp_frame_type {
 	MP_FRAME_DELETE_VOLUME = 11, MP_FRAME_DELETE_VOLUME_REPLY = 12,/* within the daemon only */
 	MP_FRAME_CHECKPOINT = 13, MP_FRAME_CHECKPOINT_REPLY = 14,      /* within the daemon only */
 	/* the peer broke the protocol; the connection ends after it */
-	MP_FRAME_ERROR = 15
+	MP_FRAME_ERROR = 15,
+	/* 16 is none: an even number is a reply to the one before it */
+	MP_FRAME_BLOCK_STATUS = 17, MP_FRAME_BLOCK_STATUS_REPLY = 18
 };
 
 enum mp_status {
@@ -320,6 +325,31 @@ struct mp_piece {
 	struct mp_extent extent;       /* as stored; the wanted blocks lie within */
 };
 
+/* BLOCK_STATUS: payload; checked. Position and epoch are held to the same rules as READ's. */
+struct mp_status_request {
+	uint8_t volume[16];
+	uint64_t epoch;
+	uint64_t minimum_sequence;
+	uint64_t first_block;
+	uint64_t block_count;
+};
+
+/* BLOCK_STATUS_REPLY: payload = mp_status_reply | runs; all checked. Runs tile the range asked for
+ * from first_block on, perhaps not to its end: ask again from there. Neighbours may be alike. */
+struct mp_status_reply {
+	uint8_t volume[16];
+	uint64_t lineage;
+	uint64_t sequence;
+	uint64_t first_block;
+	uint32_t run_count;
+	uint32_t reserved;
+};
+struct mp_status_run {
+	uint64_t block_count;
+	uint32_t hole;                 /* 1: never written, zeroed or trimmed; reads as zeroes */
+	uint32_t reserved;
+};
+
 /* BATCH: payload = the records of one batch, all parts in order, each followed by zeroes to 8
  * bytes. */
 struct mp_batch_reply {            /* BATCH_REPLY: payload; checked */
@@ -356,6 +386,9 @@ _Static_assert(sizeof(struct mp_store_super) == MP_BLOCK_BYTES, "store superbloc
 _Static_assert(sizeof(struct mp_group) == MP_GROUP_HEADER_BYTES, "group");
 _Static_assert(sizeof(struct mp_frame) == MP_FRAME_HEADER_BYTES, "frame");
 _Static_assert(sizeof(struct mp_read_request) == 48, "read request");
+_Static_assert(sizeof(struct mp_status_request) == 48, "status request");
+_Static_assert(sizeof(struct mp_status_reply) == 48, "status reply");
+_Static_assert(sizeof(struct mp_status_run) == 16, "status run");
 _Static_assert(sizeof(struct mp_read_reply) == 48, "read reply");
 _Static_assert(sizeof(struct mp_piece) == 136, "piece");
 _Static_assert(sizeof(struct mp_batch_reply) == 48, "batch reply");

@@ -30,9 +30,15 @@ static int carries_records(uint16_t type)
 	return type == MP_FRAME_READ_REPLY || type == MP_FRAME_BATCH || type == MP_FRAME_PUT_VOLUME;
 }
 
+static int is_known(uint16_t type)
+{
+	return type >= MP_FRAME_HELLO && type <= MP_FRAME_BLOCK_STATUS_REPLY &&
+	       type != MP_FRAME_ERROR + 1;
+}
+
 static int is_reply(uint16_t type)
 {
-	return type == MP_FRAME_ERROR || (type <= MP_FRAME_CHECKPOINT_REPLY && type % 2 == 0);
+	return type == MP_FRAME_ERROR || type % 2 == 0;
 }
 
 void mp_frame_seal(struct mp_frame *frame)
@@ -63,8 +69,7 @@ int64_t mp_frame_check(const void *bytes, uint64_t length_bytes)
 		return -EAGAIN;
 	if (checksum(bytes, header.checked_bytes) != header.checksum)
 		return -EBADMSG;
-	if (header.type < MP_FRAME_HELLO || header.type > MP_FRAME_ERROR || header.flags ||
-	    header.reserved)
+	if (!is_known(header.type) || header.flags || header.reserved)
 		return -EPROTO;
 	if (header.checked_bytes < header.payload_bytes && !carries_records(header.type))
 		return -EPROTO;

@@ -331,8 +331,8 @@ int mp_engine_destaged(struct mp_engine *engine, const uint8_t *id, uint64_t seq
 	return post(engine, command);
 }
 
-int mp_engine_fetch_open(struct mp_engine *engine, uint32_t store, int socket, const void *bytes,
-			 uint64_t length_bytes, uint64_t cookie)
+int mp_engine_fetch_open(struct mp_engine *engine, uint32_t store, int socket, uint32_t features,
+			 const void *bytes, uint64_t length_bytes, uint64_t cookie)
 {
 	struct command *command = command_new(COMMAND_FETCH_OPEN, NULL, bytes, length_bytes);
 
@@ -342,6 +342,7 @@ int mp_engine_fetch_open(struct mp_engine *engine, uint32_t store, int socket, c
 		return -ENOMEM;
 	}
 	command->store = store;
+	command->flag = (int)features;
 	command->socket = socket;
 	command->cookie = cookie;
 	return post(engine, command);

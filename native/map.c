@@ -97,6 +97,32 @@ int store_tree_leaf(struct mp_store *store, struct store_tree *tree, uint64_t ke
 	return error;
 }
 
+/* The leaf that covers key, NULL for a hole; *end: the first key behind that leaf or hole. */
+int store_tree_span(struct mp_store *store, struct store_tree *tree, uint64_t key, uint8_t **leaf,
+		    uint64_t *end)
+{
+	struct mp_page_ref *ref;
+	struct store_page *page = NULL;
+	uint32_t hole = 0, shift;
+	int error;
+
+	*leaf = NULL;
+	*end = UINT64_MAX;
+	if (!covers(tree, key))
+		return 0;
+	error = walk(store, tree, key, 0, STORE_LOOK, &ref, &hole);
+	if (!error && ref)
+		error = step(store, tree, key, 0, STORE_LOOK, ref, &page);
+	if (error)
+		return error;
+	if (page)
+		*leaf = page->data;
+	shift = shift_of(tree, ref ? 0 : hole);
+	if (shift < 64)
+		*end = ((key >> shift) + 1) << shift;
+	return 0;
+}
+
 /* Add levels until the tree has room for so many keys. */
 void store_tree_grow(struct mp_store *store, struct store_tree *tree, uint64_t keys)
 {

@@ -20,10 +20,11 @@ enum { ALLOCATION_HOLE = 1, ALLOCATION_ZERO = 2, ALLOCATION_CONTEXT = 1 };
 enum run_kind { RUN_DATA, RUN_ZERO, RUN_UNKNOWN };
 struct status_run { uint64_t block_count; enum run_kind kind; };
 struct status {
-	struct link in_queue;     /* engine->statuses, while the store is asked */
+	struct link in_queue;     /* of the store_link, while the store is asked */
 	struct request *request;
 	uint64_t request_id;
 	uint64_t first_block;     /* of runs */
+	uint64_t asked_first, asked_end; /* what the store is asked about */
 	uint32_t run_count, descriptor_count;
 	struct status_run runs[STATUS_RUNS_MAX];
 	uint32_t descriptors[2 * STATUS_RUNS_MAX]; /* big endian: length, flags */

@@ -154,6 +154,10 @@ static void dispatch(struct mp_store *store, struct store_request *request)
 		store_read_start(store, request);
 		return;
 	}
+	if (request->frame.type == MP_FRAME_BLOCK_STATUS) {
+		store_status_start(store, request);
+		return;
+	}
 	if (store->failure) {
 		store_reply(store, request, MP_STATUS_IO);
 		return;
@@ -186,7 +190,8 @@ void store_dispatch(struct mp_store *store)
 
 static int quiet(const struct mp_store *store)
 {
-	if (store->reads || store->reads_waiting.head || store->ios_in_flight)
+	if (store->reads || store->reads_waiting.head || store->statuses ||
+	    store->statuses_waiting.head || store->ios_in_flight)
 		return 0;
 	return store->failure || (store_log_idle(store) && !store->checkpoint);
 }
@@ -223,6 +228,7 @@ static void turn(struct mp_store *store)
 	store_sockets_adopt(store);
 	store_dispatch(store);
 	store_reads_advance(store);
+	store_statuses_advance(store);
 	store_log_advance(store);
 	store_apply_advance(store);
 	store_log_advance(store);
@@ -361,6 +367,7 @@ void mp_store_free(struct mp_store *store)
 	while ((request = store_queue_pop(&store->inbox)))
 		store_request_free(store, request);
 	store_reads_free(store);
+	store_statuses_free(store);
 	store_log_free(store);
 	store_checkpoint_free(store);
 	store_sockets_free(store);

@@ -29,6 +29,8 @@ enum {
 	STORE_GROUPS_IN_FLIGHT = 4,
 	STORE_GROUPS_UNAPPLIED = 16,
 	STORE_READS_IN_FLIGHT = 256,
+	STORE_STATUSES_IN_FLIGHT = 16,
+	STORE_STATUS_LEAVES = 256,         /* of a map, looked at for one BLOCK_STATUS: 512 MiB */
 	STORE_PUNCHES_IN_FLIGHT = 16,
 	STORE_DEAD_RANGES_MAX = 1 << 20,    /* beyond: left to the removal of whole segments */
 	STORE_GRAVE_PAGES_PER_TURN = 32,
@@ -290,6 +292,9 @@ struct mp_store {
 	struct store_socket *sockets;      /* storesocket.c */
 	uint8_t sockets_changed;           /* something to send, to watch or to close */
 	uint8_t receive[STORE_FETCH_RECEIVE_BYTES];
+	struct store_status *statuses;
+	struct store_queue statuses_waiting;
+	uint32_t statuses_in_flight;
 	struct store_checkpoint *checkpoint; /* running */
 	struct store_queue checkpoint_requests;
 	uint64_t checkpoint_log_bytes;     /* log_bytes at the last freeze */
@@ -445,6 +450,15 @@ int64_t store_super_write(struct mp_store *store); /* both copies, blocking: rec
 /* storesweep.c */
 void store_sweep_start(struct mp_store *store);
 void store_sweep_advance(struct mp_store *store);
+
+/* storeread.c */
+int store_tree_span(struct mp_store *store, struct store_tree *tree, uint64_t key, uint8_t **leaf,
+		    uint64_t *end);
+
+/* storestatus.c */
+void store_status_start(struct mp_store *store, struct store_request *request);
+void store_statuses_advance(struct mp_store *store);
+void store_statuses_free(struct mp_store *store);
 
 /* storeread.c */
 void store_read_start(struct mp_store *store, struct store_request *request);

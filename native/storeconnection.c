@@ -153,7 +153,7 @@ void store_reply_finish(struct mp_store *store, struct store_request *request,
 	store_request_free(store, request);
 }
 
-/* A reply to anything but a READ. */
+/* A reply to anything that reads no data. */
 void store_reply(struct mp_store *store, struct store_request *request, uint32_t status)
 {
 	struct mp_batch_reply batch = {0};
@@ -182,7 +182,7 @@ void store_reply(struct mp_store *store, struct store_request *request, uint32_t
 
 static int may_send(const struct store_connection *connection, uint16_t type)
 {
-	if (type == MP_FRAME_READ)
+	if (type == MP_FRAME_READ || type == MP_FRAME_BLOCK_STATUS)
 		return 1;
 	if (type == MP_FRAME_BATCH)
 		return !connection->by_socket;

@@ -48,6 +48,7 @@ class StoreDaemon:
         self._operations = ControlOperations(self.catalogue, self.core.volume_bytes, self.status)
         self.greeting = wire.HelloReply(
             wire_version=wire.WIRE_VERSION,
+            features=[wire.FEATURE_BLOCK_STATUS],
             store_id=store.store_id.hex(),
             max_frame_bytes=wire.PAYLOAD_MAX_BYTES,
             version=f"millpond {own_version()}",

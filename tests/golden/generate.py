@@ -98,6 +98,20 @@ def frame_read_reply() -> bytes:
     return model.pack_frame(6, reply + stored, checked_bytes=len(reply), request_id=99)
 
 
+def frame_status() -> bytes:
+    """BLOCK_STATUS of a TiB."""
+    request = struct.pack("<16sQQQQ", VOLUME, 7, 1003, 4092, 1 << 28)
+    return model.pack_frame(17, request, request_id=100, trace_id=0xFEED, tenant=3)
+
+
+def frame_status_reply() -> bytes:
+    """BLOCK_STATUS_REPLY: data, a long hole, data; the rest of the range is not told."""
+    reply = struct.pack("<16sQQQII", VOLUME, LINEAGE, 1003, 4092, 3, 0)
+    for block_count, hole in ((4, 0), (1 << 27, 1), (1, 0)):
+        reply += struct.pack("<QII", block_count, hole, 0)
+    return model.pack_frame(18, reply, request_id=100)
+
+
 def cache_super() -> bytes:
     """First copy of the superblock of a 100 GiB cache of one shard."""
     return model.seal(
@@ -138,6 +152,8 @@ IMAGES = (
     record_volume,
     frame_read,
     frame_read_reply,
+    frame_status,
+    frame_status_reply,
     cache_super,
     store_super,
     group,

@@ -25,7 +25,7 @@ NONE, LZ4, ZSTD, ZERO, TRIM = 1, 2, 3, 4, 5
 LOG, BATCH, SYNCED, VOLUME, PAGES, CHECKPOINT, DELETE = range(1, 8)
 LAST_OF_BATCH = 1
 READ_REPLY, BATCH_FRAME, PUT_VOLUME = 6, 7, 9
-REPLIES = {2, 4, 6, 8, 10, 12, 14, 15}
+REPLIES = {2, 4, 6, 8, 10, 12, 14, 15, 18}
 
 RECORD = struct.Struct("<8sQHHIII16sQQQQIIQQIIQQQQQQ32s")
 EXTENT = struct.Struct("<16sQQQIB3s4Q24s16s")
@@ -411,7 +411,8 @@ def check_frame(data: bytes) -> int:
     if checksum != frame_checksum(data[: FRAME.size + checked]):
         return -errno.EBADMSG
     good = (
-        1 <= kind <= 15
+        1 <= kind <= 18
+        and kind != 16
         and flags == 0
         and rest[3] == 0
         and (status == 0 or kind in REPLIES)

@@ -45,10 +45,12 @@ class Pipe:
 class FetchSocket:
     """The engine's fetch connection, and a test at its other end."""
 
-    def __init__(self, sim: Sim, engine: Engine) -> None:
+    def __init__(self, sim: Sim, engine: Engine, *, block_status: bool = True) -> None:
         self._sim = sim
         self._socket = sim.socket()
-        engine.fetch_open(0, self._socket, received=b"", cookie=self._socket)
+        engine.fetch_open(
+            0, self._socket, received=b"", cookie=self._socket, block_status=block_status
+        )
 
     def take(self) -> bytes:
         """READ frames that the engine sent."""

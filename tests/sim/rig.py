@@ -77,7 +77,7 @@ class Rig:
         """Recover."""
         self.engine = Engine.open_driver(self.sim.driver(), self.options)
         self._up = True
-        self._fetch = FetchSocket(self.sim, self.engine)
+        self.fetch = FetchSocket(self.sim, self.engine)
 
     def fall(self, options: SimOptions | None = None) -> None:
         """Crash; the disk keeps all that reached it unless options say otherwise."""
@@ -108,10 +108,15 @@ class Rig:
 
     def carry(self) -> None:
         """Misses to the store, answers back."""
-        if data := self._fetch.take():
+        if data := self.fetch.take():
             self.store.core.feed(2, data)
         while data := self.store.core.take(2):
-            self._fetch.feed(data)
+            self.fetch.feed(data)
+
+    def store_says(self, frame_type: int, payload: bytes, request_id: int) -> None:
+        """A frame of the tester's own, as if from the store."""
+        frame = record.encode_frame(frame_type, payload, request_id=request_id)
+        self.fetch.feed(frame)
 
     def until(self, done: Callable[[], object]) -> None:
         """Turns, until something is so.  Illegal."""
@@ -184,12 +189,18 @@ class Rig:
         assert isinstance(opened, Opened) and opened.status == 0, opened
         self.engine.dirty_recorded(volume, True)
 
-    def connect(self, volume: bytes) -> int:
+    def connect(self, volume: bytes, *, allocation: bool = False) -> int:
         """A guest's socket."""
         socket = self.sim.socket()
         self._cookie += 1
         self.engine.connect(
-            volume, socket, read_only=False, received=b"", cookie=1000 + self._cookie
+            volume,
+            socket,
+            read_only=False,
+            received=b"",
+            cookie=1000 + self._cookie,
+            structured=allocation,
+            allocation=allocation,
         )
         self.turn()
         return socket
