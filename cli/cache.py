@@ -17,11 +17,13 @@ from millpond.cli.foreground import (
     ReadOnlyOption,
     Socket,
     StopSignals,
+    Tcp,
     check_machine,
     expected_errors,
     log_to_stderr,
     nbd_uri,
     parse_rates,
+    parse_tcp,
     serve_cache,
 )
 from millpond.cli.output import parse_size, print_json
@@ -89,6 +91,13 @@ def serve(
         typer.Option("--store", envvar="MILLPOND_STORE", help="address of a store; repeat"),
     ] = None,
     nbd: Annotated[str | None, typer.Option("--nbd", help="unix socket for guests")] = None,
+    nbd_tcp: Annotated[
+        str | None,
+        typer.Option("--nbd-tcp", help="listen there too, like 127.0.0.1:10809", metavar="ADDRESS"),
+    ] = None,
+    insecure_listen: Annotated[
+        bool, typer.Option("--insecure-listen", help="allow TCP that others can reach")
+    ] = False,
     control: Annotated[
         str | None, typer.Option("--control", help="unix socket for `millpond status`")
     ] = None,
@@ -123,10 +132,15 @@ def serve(
         defaults=settings_of(file.defaults) if file is not None else VolumeSettings(),
         volumes=volumes_of(file) if file is not None else {},
     )
+    tcp = parse_tcp(
+        nbd_tcp or (file.nbd.tcp if file else None),
+        insecure_listen=insecure_listen or (file is not None and file.nbd.insecure_listen),
+    )
+    control_socket = _socket(control, file.control if file else None)
     check_machine()
     log_to_stderr()
     with expected_errors():
-        run(_serve(device, config, nbd_socket, _socket(control, file.control if file else None)))
+        run(_serve(device, config, nbd_socket, tcp, control_socket))
 
 
 def _socket(path: str | None, table: NbdTable | ControlTable | None) -> Socket | None:
@@ -137,13 +151,18 @@ def _socket(path: str | None, table: NbdTable | ControlTable | None) -> Socket |
 
 
 async def _serve(
-    device: str, config: CacheConfig, nbd_socket: Socket, control_socket: Socket | None
+    device: str,
+    config: CacheConfig,
+    nbd_socket: Socket,
+    nbd_tcp: Tcp | None,
+    control_socket: Socket | None,
 ) -> None:
     signals = StopSignals()
     daemon = await CacheDaemon.start(device, config)
     await serve_cache(
         daemon,
         nbd_socket=nbd_socket,
+        nbd_tcp=nbd_tcp,
         control_socket=control_socket,
         signals=signals,
         ready_lines=[nbd_uri(nbd_socket.path)],

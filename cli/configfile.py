@@ -203,6 +203,11 @@ def _checks(file: CacheFile | StoreFile) -> Iterator[tuple[str, Any]]:
     for text in file.cache.stores:
         yield "cache.stores", lambda text=text: parse_address(text)
     yield "cache.stores", lambda: _not_empty(file.cache.stores)
+    if (tcp := file.nbd.tcp) is not None:
+        yield (
+            "nbd.tcp",
+            lambda: check_exposure(parse_address(tcp), insecure_listen=file.nbd.insecure_listen),
+        )
     yield "rates", lambda: rates_of(file.rates.average, file.rates.peak)
     yield "defaults", lambda: settings_of(file.defaults)
     for name, table in file.volume.items():

@@ -68,6 +68,16 @@ class NbdTable(Table, frozen=True, kw_only=True):
     socket: Annotated[str, key("Path of the unix socket.", "/run/millpond/nbd.sock")] = (
         "/run/millpond/nbd.sock"
     )
+    tcp: Annotated[
+        str | None,
+        key(
+            "Listens there too, HOST:PORT. Loopback only: nothing authenticates clients yet.",
+            "127.0.0.1:10809",
+        ),
+    ] = None
+    insecure_listen: Annotated[
+        bool, key("Allow a TCP address that others can reach; they have every volume.", False)
+    ] = False
     mode: Annotated[Mode, key("Permissions of the socket.", "0660")] = Mode(0o660)
     group: Annotated[
         str | None, key("Group of the socket: whoever may connect may use every volume.", "kvm")

@@ -34,6 +34,8 @@ from millpond.cli.run import BUSY, FAILED, NOT_FOUND, UNREACHABLE, USAGE, Comman
 from millpond.native.needs import kernel_problem
 from millpond.nbd.errors import NbdError
 from millpond.nbd.server import NbdServer
+from millpond.store.address import Address, check_exposure, parse_address
+from millpond.store.errors import StoreError
 from millpond.store.unixsocket import SOCKET_MODE
 
 AverageRateOption = Annotated[
@@ -118,10 +120,33 @@ class Socket:
     group: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Tcp:
+    """A TCP address for guests to listen on."""
+
+    address: Address
+    insecure_listen: bool = False
+
+
+def parse_tcp(text: str | None, *, insecure_listen: bool) -> Tcp | None:
+    """--nbd-tcp: HOST:PORT."""
+    if text is None:
+        return None
+    try:
+        address = parse_address(text)
+        if address.path:
+            raise CommandError(f"{text!a} is a unix socket: give it to --nbd", exit_code=USAGE)
+        check_exposure(address, insecure_listen=insecure_listen)
+    except StoreError as error:
+        raise CommandError(error.message, exit_code=USAGE) from None
+    return Tcp(address, insecure_listen)
+
+
 async def serve_cache(
     daemon: CacheDaemon,
     *,
     nbd_socket: Socket,
+    nbd_tcp: Tcp | None = None,
     control_socket: Socket | None,
     signals: StopSignals,
     ready_lines: Sequence[str],
@@ -136,6 +161,9 @@ async def serve_cache(
                 control_socket.path, mode=control_socket.mode, group=control_socket.group
             )
         await nbd.serve_unix(nbd_socket.path, mode=nbd_socket.mode, group=nbd_socket.group)
+        if nbd_tcp is not None:
+            bound = await nbd.serve_tcp(nbd_tcp.address, insecure_listen=nbd_tcp.insecure_listen)
+            ready_lines = [*ready_lines, f"nbd://{str(bound).removeprefix('tcp:')}/"]
         for line in ready_lines:
             print(line, flush=True)
         await first_of(signals.wait(), _failed(daemon), *also)

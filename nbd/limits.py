@@ -15,6 +15,10 @@ BLOCK_BYTES_MIN = 1
 BLOCK_BYTES_PREFERRED = 4096
 PAYLOAD_BYTES_MAX = 32 << 20
 
+# A TCP client that answers nothing for so long is gone.  Longer than a switch that reboots, short
+# enough that its connections do not pile up.
+VANISHED_AFTER_S = 120
+
 
 @dataclass(frozen=True, kw_only=True)
 class NbdLimits:

@@ -6,7 +6,7 @@ slow is not the client's fault, and the client hears of it.  No await between th
 handover: once the client has its answer, the engine has its socket.
 
 Happy path:
-    serve_unix(path) -> accept -> negotiate -> exports.open -> reply -> handover(socket, ...)
+    serve_unix(path), serve_tcp(address) -> accept -> negotiate -> exports.open -> handover(...)
 Failure modes:
     client breaks the protocol or stalls       -> it is cut off; counted, logged once per kind
     too many handshakes                        -> more wait in the listen backlog
@@ -36,7 +36,8 @@ from millpond.nbd.handshake import (
     RefusalCode,
 )
 from millpond.nbd.limits import NbdLimits
-from millpond.nbd.listener import listen_unix
+from millpond.nbd.listener import listen_tcp, listen_unix, prepare_tcp
+from millpond.store.address import Address
 from millpond.store.unixsocket import SocketFile
 
 _log = logging.getLogger(__name__)
@@ -86,6 +87,19 @@ class NbdServer:
         )
         self._paths.append(bound)
         self._serve(listener)
+
+    async def serve_tcp(self, address: Address, *, insecure_listen: bool = False) -> Address:
+        """Listen on TCP; returns the address with the port that was chosen where 0 was asked for.
+
+        Loopback only, unless insecure_listen: nothing authenticates clients.  Raises ListenError.
+        """
+        assert not self._closing
+        listeners = listen_tcp(
+            address, insecure_listen=insecure_listen, backlog=self._limits.listen_backlog
+        )
+        for listener in listeners:
+            self._serve(listener)
+        return Address(host=address.host, port=listeners[0].getsockname()[1])
 
     async def close(self) -> None:
         """Stop listening, let handshakes finish for a moment, cut the rest.  Twice is harmless."""
@@ -139,7 +153,7 @@ class NbdServer:
         try:
             sock.setblocking(False)
             if sock.family in (socket.AF_INET, socket.AF_INET6):
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                prepare_tcp(sock)
             if self._engine_connections() + len(self._handshakes) > self._limits.connections_max:
                 raise ProtocolError("too many connections", str(self._limits.connections_max))
             self.counts[await _Negotiation(self._exports, self._limits, sock).run()] += 1
