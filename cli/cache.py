@@ -1,5 +1,6 @@
 """`millpond cache`: format a cache device, and serve the volumes of stores from it."""
 
+import os
 from typing import Annotated
 
 import typer
@@ -88,7 +89,7 @@ def serve(
     ] = None,
     store: Annotated[
         list[str] | None,
-        typer.Option("--store", envvar="MILLPOND_STORE", help="address of a store; repeat"),
+        typer.Option("--store", help="address of a store; repeat, or set MILLPOND_STORE"),
     ] = None,
     nbd: Annotated[str | None, typer.Option("--nbd", help="unix socket for guests")] = None,
     nbd_tcp: Annotated[
@@ -115,7 +116,8 @@ def serve(
     file = load(config_file, CacheFile) if config_file is not None else None
     cache_table = file.cache if file is not None else None
     device = device or (cache_table.device if cache_table else None)
-    stores = store or (cache_table.stores if cache_table else None)
+    # The environment is for commands typed by hand: it never overrules a file.
+    stores = store or (cache_table.stores if cache_table else None) or _stores_of_environment()
     nbd_socket = _socket(nbd, file.nbd if file else None)
     if device is None or not stores or nbd_socket is None:
         raise CommandError(
@@ -141,6 +143,10 @@ def serve(
     log_to_stderr()
     with expected_errors():
         run(_serve(device, config, nbd_socket, tcp, control_socket))
+
+
+def _stores_of_environment() -> list[str]:
+    return os.environ.get("MILLPOND_STORE", "").split()
 
 
 def _socket(path: str | None, table: NbdTable | ControlTable | None) -> Socket | None:

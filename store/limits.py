@@ -34,7 +34,7 @@ HELLO_RECEIVE_BYTES = 16 * 1024  # until a connection has said what it is
 VOLUMES_MAX = 16384
 NAME_BYTES_MAX = 255
 CLIENT_NAME_MAX = 255
-VOLUME_BYTES_MAX = 1 << 56  # leaves room for block arithmetic in 64 bits
+VOLUME_BYTES_MAX = 1 << 52  # what a cache can open: core_limits.h, VOLUME_BYTES_MAX
 CONFLICT_RETRIES_MAX = 64  # a state that batches keep moving under us
 
 # Transfers (import and export).

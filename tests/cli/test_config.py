@@ -117,7 +117,9 @@ def test_check_of_what_is_no_configuration(tmp_path: Path) -> None:
     assert millpond("config", "sample", "fridge").returncode == 2
 
 
-def test_daemons_serve_what_their_files_say(tmp_path: Path) -> None:
+def test_daemons_serve_what_their_files_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Everything from the files, but for the name and a rate, which the command line overrides."""
     (tmp_path / "store").mkdir()
     (tmp_path / "store.toml").write_text(
@@ -132,6 +134,7 @@ def test_daemons_serve_what_their_files_say(tmp_path: Path) -> None:
     )
     made = millpond("cache", "format", str(tmp_path / "cache"), "--size", "256MiB")
     assert made.returncode == 0, made.stderr
+    monkeypatch.setenv("MILLPOND_STORE", "unix:/nowhere")  # a file wins over the environment
     with (
         serving("store", "serve", "--config", f"{tmp_path}/store.toml", "--format"),
         serving(
@@ -175,7 +178,8 @@ def serving(*arguments: str) -> Iterator[None]:
         process.communicate()
 
 
-def test_serve_without_device_or_file() -> None:
+def test_serve_without_device_or_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MILLPOND_STORE", raising=False)
     for arguments in (("cache", "serve", "/x"), ("cache", "serve", "/x", "--store", "unix:/y")):
         result = millpond(*arguments)
         assert result.returncode == 2 and "configuration file" in result.stderr
