@@ -79,6 +79,9 @@ struct mp_driver {
 	int64_t (*send)(void *self, int socket, const struct iovec *iov, int count);
 	/* Again to change interest. 0: nothing is reported, not even a hangup. */
 	int (*watch)(void *self, int socket, uint32_t interest, void *context);
+	/* What the peer has given up, watched or not: 0, MP_SOCKET_READ (it sends no more), and
+	 * MP_SOCKET_HANGUP (nor does it receive). */
+	uint32_t (*closed_by_peer)(void *self, int socket);
 	/* unwatches; no ready call for it after this */
 	void (*close_socket)(void *self, int socket);
 	/* set by the core before watch */

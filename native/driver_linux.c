@@ -12,6 +12,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
@@ -190,6 +191,16 @@ static int linux_watch(void *self, int socket, uint32_t interest, void *context)
 		linux_driver->watched--;
 	watch->interest = interest;
 	return 0;
+}
+
+static uint32_t linux_closed_by_peer(void *self, int socket)
+{
+	struct pollfd asked = {.fd = socket, .events = POLLRDHUP};
+
+	(void)self;
+	if (poll(&asked, 1, 0) <= 0)
+		return 0;
+	return MP_SOCKET_READ | (asked.revents & (POLLHUP | POLLERR) ? MP_SOCKET_HANGUP : 0U);
 }
 
 static void linux_close_socket(void *self, int socket)
@@ -395,6 +406,7 @@ static const struct mp_driver LINUX_TABLE = {
 	.receive = linux_receive,
 	.send = linux_send,
 	.watch = linux_watch,
+	.closed_by_peer = linux_closed_by_peer,
 	.close_socket = linux_close_socket,
 	.wait = linux_wait,
 	.wake = mp_linux_wake,

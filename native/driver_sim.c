@@ -316,6 +316,7 @@ struct mp_driver *mp_sim_driver(struct mp_sim *sim)
 		.receive = mp_sim_receive,
 		.send = mp_sim_send,
 		.watch = mp_sim_watch,
+		.closed_by_peer = mp_sim_closed_by_peer,
 		.close_socket = mp_sim_close_socket,
 		.wait = sim_wait,
 		.wake = sim_wake,

@@ -123,6 +123,11 @@ int mp_sim_watch(void *self, int socket, uint32_t interest, void *context)
 	return 0;
 }
 
+uint32_t mp_sim_closed_by_peer(void *self, int socket)
+{
+	return find_open(self, socket)->hung_up ? MP_SOCKET_READ | MP_SOCKET_HANGUP : 0;
+}
+
 void mp_sim_close_socket(void *self, int socket)
 {
 	struct mp_sim_socket *closing = find_open(self, socket);

@@ -16,7 +16,8 @@
 
 #include <endian.h>
 
-enum { RECEIVES_PER_TURN = 8 };
+enum { RECEIVES_PER_TURN = 8,
+	FENCE_RECEIVES = 64 }; /* turns: a socket's buffer is empty long before */
 
 /* ---- receiving ---- */
 
@@ -353,6 +354,45 @@ void connections_resume(struct mp_engine *engine)
 	}
 }
 
+/* A client that lost its connection sends its unanswered writes again on a new one, and then newer
+ * ones. What it sent on the old one may not come after them, so it is dealt with now: read while
+ * there is room for it, else dropped, as it was never answered. It may lie in our own buffer behind
+ * a request that waits, where no hang-up is heard of: such a socket is not watched. */
+static void fence(struct connection *old)
+{
+	struct mp_driver *driver = old->engine->driver;
+	uint32_t closed;
+	int i;
+
+	if (old->ended || old->broken)
+		return;
+	closed = driver->closed_by_peer(driver->self, old->socket);
+	if (!closed)
+		return;
+	for (i = 0; !(closed & MP_SOCKET_HANGUP) && i < FENCE_RECEIVES; i++)
+		if (connection_may_receive(old))
+			receive_all(old);
+	if (old->ended)
+		return;
+	old->ended = true;
+	if (closed & MP_SOCKET_HANGUP)
+		connection_break(old);
+	old->state = RECEIVE_STOPPED;
+	old->receive_begin = old->receive_end = 0;
+	connection_abandon_write(old);
+}
+
+static void fence_volume(struct volume *volume)
+{
+	struct link *link, *all = &volume->engine->connections;
+
+	for (link = all->next; link != all; link = link->next) {
+		struct connection *connection = CONTAINER(link, struct connection, in_engine);
+		if (connection->volume == volume)
+			fence(connection);
+	}
+}
+
 void connection_stop(struct connection *connection)
 {
 	connection->stopping = true;
@@ -382,6 +422,7 @@ int connection_open(struct mp_engine *engine, struct volume *volume, const struc
 	list_init(&connection->in_engine);
 	list_init(&connection->requests);
 	list_init(&connection->replies);
+	fence_volume(volume);
 	list_append(&engine->connections, &connection->in_engine);
 	engine->connection_count++;
 	volume->connections++;
