@@ -256,7 +256,7 @@ static void parse(struct connection *connection)
 
 /* The rest of a large slice is received in place; what comes behind it goes to the receive
  * buffer. */
-static int64_t receive_some(struct connection *connection)
+static int64_t receive_some(struct connection *connection, uint64_t *asked_bytes)
 {
 	struct mp_engine *engine = connection->engine;
 	struct iovec iov[2];
@@ -273,6 +273,7 @@ static int64_t receive_some(struct connection *connection)
 	}
 	iov[count].iov_base = connection->receive + connection->receive_end;
 	iov[count].iov_len = RECEIVE_BYTES - connection->receive_end;
+	*asked_bytes = direct + iov[count].iov_len;
 	if (iov[count].iov_len)
 		count++;
 	got = engine->driver->receive(engine->driver->self, connection->socket, iov, count);
@@ -298,12 +299,16 @@ static void receive_all(struct connection *connection)
 	int i;
 
 	for (i = 0; i < RECEIVES_PER_TURN && connection_may_receive(connection); i++) {
-		int64_t got = receive_some(connection);
+		uint64_t asked = 0;
+		int64_t got = receive_some(connection, &asked);
 
 		if (got == -EAGAIN)
 			return;
 		if (got > 0) {
 			parse(connection);
+			/* The socket is empty; if more came meanwhile, it is ready again. */
+			if ((uint64_t)got < asked)
+				return;
 			continue;
 		}
 		connection->ended = true;
