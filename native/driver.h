@@ -87,6 +87,9 @@ struct mp_driver {
 	/* set by the core before watch */
 	void (*on_ready)(void *owner, void *context, uint32_t ready);
 	void *owner;                                     /* passed to on_ready */
+	/* How long wait may poll before it sleeps while the disk works; 0: sleep at once. Set by
+	 * the core; a driver may ignore it. */
+	uint64_t poll_ns;
 	/* Run completions and ready sockets; sleep at most timeout_ns (0: poll, < 0: for ever)
 	 * for the first. Returns the number of events handled, or -errno when the world has
 	 * ended (simulated crash). */

@@ -28,6 +28,7 @@
 #define TOKEN_WAKE (UINT64_MAX - 1)
 enum { STARVED_NS = 1000000 };
 
+
 void mp_linux_list_push(struct mp_linux_list *list, struct mp_io *io)
 {
 	io->next = NULL;
@@ -327,6 +328,42 @@ static int64_t sleep_for_events(struct mp_linux *linux_driver, int64_t timeout_n
 	}
 }
 
+/* Look again and again until end_ns, while the device is at work for us. */
+static int64_t poll_for_events(struct mp_linux *linux_driver, uint64_t end_ns)
+{
+	int64_t handled = 0;
+	bool stale;
+
+	while (handled == 0 && linux_driver->aio_in_flight > 0 && linux_now_ns(NULL) < end_ns) {
+		if (linux_driver->watched > 0)
+			handled = poll_events(linux_driver, 0, &stale);
+		/* Last: the look may have used up the edge of what completed meanwhile. */
+		handled += run_completions(linux_driver);
+	}
+	return handled;
+}
+
+/* Polls as a hypervisor does before it halts a processor: only after sleeps that were shorter than
+ * poll_ns, so that who is idle costs nothing. */
+static int64_t poll_then_sleep(struct mp_linux *linux_driver, int64_t timeout_ns)
+{
+	uint64_t poll_ns = linux_driver->table.poll_ns, begin_ns;
+	int64_t handled = 0;
+
+	if (poll_ns == 0)
+		return sleep_for_events(linux_driver, timeout_ns);
+	if (timeout_ns > 0 && poll_ns > (uint64_t)timeout_ns)
+		poll_ns = (uint64_t)timeout_ns;
+	begin_ns = linux_now_ns(NULL);
+	if (linux_driver->poll_pays)
+		handled = poll_for_events(linux_driver, begin_ns + poll_ns);
+	if (handled == 0) {
+		handled = sleep_for_events(linux_driver, timeout_ns);
+		linux_driver->poll_pays = linux_now_ns(NULL) - begin_ns < poll_ns;
+	}
+	return handled;
+}
+
 static int64_t linux_wait(void *self, int64_t timeout_ns)
 {
 	struct mp_linux *linux_driver = self;
@@ -342,7 +379,7 @@ static int64_t linux_wait(void *self, int64_t timeout_ns)
 		timeout_ns = STARVED_NS;
 	/* A poll without sockets costs no system call: everything else is in shared memory. */
 	if (timeout_ns != 0)
-		handled += sleep_for_events(linux_driver, timeout_ns);
+		handled += poll_then_sleep(linux_driver, timeout_ns);
 	else if (linux_driver->watched > 0)
 		handled += poll_events(linux_driver, 0, &stale);
 	linux_driver->in_wait = false;

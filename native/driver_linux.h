@@ -102,6 +102,7 @@ struct mp_linux {
 	struct mp_linux_watch *watches;        /* by socket number */
 	uint32_t watch_capacity, watched;
 	bool in_wait;
+	bool poll_pays;                        /* the last sleep was shorter than poll_ns */
 
 	atomic_bool woken;                     /* any thread */
 	atomic_bool sleeping;                  /* written by the reactor, read by any thread */

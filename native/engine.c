@@ -223,9 +223,6 @@ static int64_t wait_ns(const struct mp_engine *engine, int64_t timeout_ns, uint6
 	    engine->walks_pending ||
 	    (engine->paused && engine->resume_wanted))
 		return 0;
-	if (engine->counters.inflight_requests &&
-	    engine->now_ns - engine->active_ns < engine->options.poll_ns)
-		return 0;
 	if (engine->has_thread && engine->published_ns < engine->active_ns)
 		timer_ns = timer_ns < engine->now_ns + PUBLISH_NS ? timer_ns
 								  : engine->now_ns + PUBLISH_NS;
@@ -352,6 +349,7 @@ static struct mp_engine *engine_new(struct mp_driver *driver,
 	engine->next_request_id >>= 1;
 	driver->on_ready = sockets_ready;
 	driver->owner = engine;
+	driver->poll_ns = options->poll_ns;
 	pthread_mutex_init(&engine->mutex, NULL);
 	return engine;
 }
