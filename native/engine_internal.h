@@ -132,7 +132,6 @@ struct append {
 	struct link in_volume;
 	struct volume *volume;
 	struct mp_io io;
-	struct iovec iov[APPEND_IOVECS_MAX];
 	struct link mutations;
 	struct needs needs;
 	uint8_t *header;
@@ -141,6 +140,7 @@ struct append {
 	uint32_t segment, address;  /* address: of the payload, 4 KiB units */
 	uint64_t end_offset_bytes, ordinal;
 	bool done;
+	struct iovec iov[APPEND_IOVECS_MAX];  /* last: see append_new */
 };
 
 /* ---- reads ---- */

@@ -200,11 +200,12 @@ static void append_submit(struct append *append)
 
 static struct append *append_new(struct volume *volume, uint64_t extents)
 {
-	struct append *append = calloc(1, sizeof *append);
+	struct append *append = malloc(sizeof *append);
 	uint64_t bytes = MP_RECORD_HEADER_BYTES + extents * MP_EXTENT_BYTES;
 
 	if (!append)
 		return NULL;
+	memset(append, 0, offsetof(struct append, iov)); /* of iov, what is used is written */
 	append->volume = volume;
 	append->header_bytes = (bytes + MP_BLOCK_BYTES - 1) / MP_BLOCK_BYTES * MP_BLOCK_BYTES;
 	append->header_capacity_bytes = append->header_bytes;
