@@ -13,6 +13,9 @@
  */
 #include "encode.h"
 
+/* Below a quarter of the log, which is also where checkpoints begin to hurry (engine.c). */
+enum { SHORT_OF_LOG_PART = 4 };
+
 struct promotion {
 	struct mp_io io;
 	struct iovec iov;
@@ -144,6 +147,17 @@ static uint32_t claim(struct volume *volume, uint64_t block, uint32_t count, int
 	return claimed;
 }
 
+/* While writes are short of log, only what was read lately is worth a second write to the device: a
+ * stream of writes would pay for every block twice, just when it can least. */
+static bool is_worth_keeping(const struct volume *volume, uint64_t block)
+{
+	const struct mp_engine *engine = volume->engine;
+	bool short_of_log = engine->segments_free + engine->segments_waiting <
+			    engine->segment_count / SHORT_OF_LOG_PART;
+
+	return !short_of_log || mp_slots_frequency(engine->slots, volume->origin, block) > 0;
+}
+
 /* Write what the slots admit of consecutive blocks of one slot; returns how many of them. */
 static uint32_t promote(struct mp_engine *engine, const struct mp_extent *extent, uint64_t block,
 			uint32_t count, const uint8_t *data, uint32_t address)
@@ -203,7 +217,8 @@ static void release_data(struct mp_engine *engine, const struct mp_extent *exten
 		     run++)
 			;
 		kept = 0;
-		if (good && mp_extent_verify(extent, i, run, data + (uint64_t)i * MP_BLOCK_BYTES,
+		if (good && is_worth_keeping(volume, block) &&
+		    mp_extent_verify(extent, i, run, data + (uint64_t)i * MP_BLOCK_BYTES,
 					     (uint64_t)run * MP_BLOCK_BYTES) == 0)
 			kept = promote(engine, extent, block, run,
 				       data + (uint64_t)i * MP_BLOCK_BYTES, address + i);

@@ -286,6 +286,11 @@ static int64_t claim(struct mp_slots *slots, uint32_t index, unsigned int place)
 	return index;
 }
 
+unsigned int mp_slots_frequency(const struct mp_slots *slots, uint32_t origin, uint64_t block)
+{
+	return mp_sketch_estimate(slots->sketch, key_of(slots, origin, block));
+}
+
 int64_t mp_slots_reserve(struct mp_slots *slots, uint32_t origin, uint64_t block)
 {
 	uint64_t key = key_of(slots, origin, block);

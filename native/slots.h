@@ -30,6 +30,8 @@ int64_t mp_slots_find(const struct mp_slots *slots, uint32_t origin, uint64_t bl
 void mp_slots_verified(struct mp_slots *slots, int64_t slot, uint64_t block);
 /* one access, hit or miss */
 void mp_slots_touch(struct mp_slots *slots, uint32_t origin, uint64_t block);
+/* How often it was asked for lately, 0 to 15: reads count, writes do not. */
+unsigned int mp_slots_frequency(const struct mp_slots *slots, uint32_t origin, uint64_t block);
 /* Make room for this block: its slot if it has one, else a free one, else a victim's. The slot is
  * pinned for the caller and the block is claimed: one reserve per block to be filled. -1: not
  * admitted, everything looked at is pinned, the block is valid already, or it may still be read or

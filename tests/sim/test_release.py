@@ -1,0 +1,54 @@
+"""What becomes of blocks whose log segment is given back."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from sim.nodes import MIB
+from sim.rig import BLOCK, WRITE, Rig
+
+ONE = b"1" * 16
+COLD, WARM = 64, 640  # blocks, each in a slot of its own
+SLICE_BLOCKS = 64
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    """A started machine with a log of 16 segments."""
+    rig = Rig()
+    rig.start()
+    yield rig
+    rig.close()
+
+
+def fill(rig: Rig, guest: int, from_block: int, length_bytes: int) -> None:
+    """Write that much log, sequentially."""
+    for at in range(length_bytes // (SLICE_BLOCKS * BLOCK)):
+        data = bytes([at % 255 + 1]) * (SLICE_BLOCKS * BLOCK)
+        rig.done(guest, WRITE, (from_block + at * SLICE_BLOCKS) * BLOCK, len(data), data)
+    rig.flush(guest)
+
+
+def misses(rig: Rig) -> int:
+    """Blocks that no cache had."""
+    return rig.engine.counters()["misses"]
+
+
+@pytest.mark.parametrize(("filled_mib", "kept"), [(10, True), (16, False)])
+def test_unread_block_is_kept_only_while_writes_are_not_short_of_log(
+    rig: Rig, filled_mib: int, kept: bool
+) -> None:
+    """A block that was read is kept in any case."""
+    rig.open(ONE)
+    guest = rig.connect(ONE)
+    rig.write(guest, COLD, 3)
+    rig.write(guest, WARM, 4)
+    assert rig.read(guest, WARM) == 4
+    fill(rig, guest, 4096, filled_mib * MIB)
+    rig.ship(ONE)
+    for _ in range(400):
+        rig.turn()
+    before = misses(rig)
+    assert rig.read(guest, WARM) == 4 and misses(rig) == before
+    assert rig.read(guest, COLD) == 3
+    assert (misses(rig) == before) == kept
