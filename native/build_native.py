@@ -26,6 +26,7 @@ HEADERS = (
     "driver_test.h",
     "record.h",
     "policy.h",
+    "index.h",
     "slots.h",
     "buffers.h",
     "store.h",

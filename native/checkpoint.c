@@ -134,7 +134,7 @@ static bool begin(struct mp_engine *engine)
 	checkpoint->cursor = 0;
 	checkpoint->filled_bytes = 0;
 	checkpoint->offset_bytes = MP_BLOCK_BYTES; /* the header comes last, in front */
-	checkpoint->index_rebuilds = engine->index.rebuilds;
+	checkpoint->index_moves = 0;
 	checkpoint->stage = STAGE_CAPTURED;
 	return true;
 }
@@ -285,31 +285,49 @@ static bool fill_captured(struct mp_engine *engine)
 	return checkpoint->cursor == checkpoint->captured_bytes;
 }
 
+static void fill_entry(struct mp_engine *engine, const struct index_slot *slot)
+{
+	struct checkpoint *checkpoint = &engine->checkpoint;
+	const struct volume *volume = engine->volumes[index_number(slot)];
+	struct mp_index_entry entry;
+
+	assert(volume);
+	entry.block = index_block(slot);
+	entry.sequence = volume->last_sequence -
+			 (uint32_t)((uint32_t)volume->last_sequence - slot->sequence);
+	entry.checksum = slot->checksum;
+	entry.address = slot->address;
+	entry.number = index_number(slot);
+	memcpy(checkpoint->buffer + checkpoint->filled_bytes, &entry, sizeof entry);
+	checkpoint->filled_bytes += sizeof entry;
+	checkpoint->header.index_count++;
+	checkpoint->zeros += entry.address == 0;
+}
+
+/* Stops for a flush in the upper half of the buffer, as soon as the walk may pause. Thousands of
+ * entries without an empty slot between them do not happen; if they do, the checkpoint begins again
+ * when any of them moved meanwhile. */
 static bool fill_index(struct mp_engine *engine)
 {
 	struct checkpoint *checkpoint = &engine->checkpoint;
-	struct mp_index_entry entry;
+	struct index *index = &engine->index;
 
-	for (; checkpoint->cursor < engine->index.capacity; checkpoint->cursor++) {
-		const struct index_slot *slot = &engine->index.slots[checkpoint->cursor];
-		const struct volume *volume;
+	if (checkpoint->cursor == 0)
+		checkpoint->index_start = index_walk_start(index);
+	checkpoint->index_moves = 0;
+	for (; checkpoint->cursor < index->capacity; checkpoint->cursor++) {
+		const struct index_slot *slot =
+			index_walk(index, checkpoint->index_start, checkpoint->cursor);
 
-		if (!index_is_live(slot))
-			continue;
-		if (room(checkpoint) < sizeof entry)
+		if (room(checkpoint) < CHECKPOINT_STEP_BYTES / 2 &&
+		    index_may_pause(index, checkpoint->index_start, checkpoint->cursor))
 			return false;
-		volume = engine->volumes[index_number(slot)];
-		assert(volume);
-		entry.block = index_block(slot);
-		entry.sequence = volume->last_sequence -
-				 (uint32_t)((uint32_t)volume->last_sequence - slot->sequence);
-		entry.checksum = slot->checksum;
-		entry.address = slot->address;
-		entry.number = index_number(slot);
-		memcpy(checkpoint->buffer + checkpoint->filled_bytes, &entry, sizeof entry);
-		checkpoint->filled_bytes += sizeof entry;
-		checkpoint->header.index_count++;
-		checkpoint->zeros += entry.address == 0;
+		if (room(checkpoint) < sizeof(struct mp_index_entry)) {
+			checkpoint->index_moves = index->moves + 1;
+			return false;
+		}
+		if (index_is_live(slot))
+			fill_entry(engine, slot);
 	}
 	return true;
 }
@@ -490,9 +508,8 @@ void checkpoint_step(struct mp_engine *engine)
 	}
 	if (!checkpoint->running && (!checkpoint->wanted || !begin(engine)))
 		return;
-	if (checkpoint->stage <= STAGE_INDEX &&
-	    checkpoint->index_rebuilds != engine->index.rebuilds) {
-		end(engine); /* the table was rebuilt under the walk: begin again */
+	if (checkpoint->index_moves && checkpoint->index_moves != engine->index.moves + 1) {
+		end(engine); /* what the walk has not seen may lie behind it: begin again */
 		checkpoint->wanted = true;
 		return;
 	}

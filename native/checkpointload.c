@@ -111,12 +111,17 @@ static int load_tombstones(struct mp_engine *engine, const uint8_t *in, uint64_t
 	return engine->tombstone_count > TOMBSTONES_MAX ? -EPROTO : 0;
 }
 
+uint64_t index_entries_max(const struct mp_engine *engine)
+{
+	return engine->super.checkpoint_capacity_bytes / sizeof(struct mp_index_entry);
+}
+
 static int load_index(struct mp_engine *engine, const uint8_t *in, uint64_t count)
 {
 	uint64_t i;
 
-	if (count > index_limit(&engine->index))
-		return -EPROTO;
+	if (index_reserve(&engine->index, count))
+		return -ENOMEM;
 	for (i = 0; i < count; i++) {
 		struct mp_index_entry entry;
 		struct index_slot *slot;
@@ -162,7 +167,7 @@ static int load_body(struct mp_engine *engine, const struct mp_cache_checkpoint 
 
 	if (header->volume_count > VOLUMES_MAX || header->tombstone_count > TOMBSTONES_MAX ||
 	    header->segment_count != engine->segment_count ||
-	    header->index_count > index_limit(&engine->index) ||
+	    header->index_count > index_entries_max(engine) ||
 	    header->slot_count != engine->super.slot_count ||
 	    header->slot_blocks != engine->slot_blocks)
 		return -EPROTO;

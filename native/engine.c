@@ -113,7 +113,7 @@ static void publish(struct mp_engine *engine, bool now)
 	counters->segments_waiting = engine->segments_waiting;
 	counters->index_entries = engine->index.used;
 	counters->buffer_bytes_used = mp_buffers_used_bytes(engine->buffers);
-	counters->memory_bytes = engine->index.capacity * sizeof(struct index_slot) +
+	counters->memory_bytes = index_memory_bytes(&engine->index) +
 				 mp_slots_memory_bytes(engine->slots);
 	pthread_mutex_lock(&engine->mutex);
 	engine->published_counters = *counters;
@@ -188,10 +188,6 @@ static void tell_opened(struct mp_engine *engine)
 
 static void background(struct mp_engine *engine)
 {
-	struct index *index = &engine->index;
-
-	if (index->used + index->deleted > index->capacity / 16 * 14 && index->deleted)
-		index_rebuild(index);
 	rescue_step(engine);
 	cut_step(engine);
 	release_step(engine);
@@ -310,7 +306,7 @@ static int allocate(struct mp_engine *engine)
 				     (uint32_t)engine->slot_blocks, seed);
 	if (!engine->segments || !engine->published || !engine->cut.scan.memory ||
 	    !engine->release.scan.memory || !engine->checkpoint.buffer || !engine->buffers ||
-	    !engine->slots || index_init(&engine->index, blocks))
+	    !engine->slots || index_init(&engine->index, blocks, ~seed))
 		return -ENOMEM;
 	engine->zeros_max = index_zeros_limit(&engine->index, blocks);
 	for (i = 0; i < segments; i++)

@@ -23,56 +23,18 @@
 #include "engine.h"
 #include "format.h"
 #include "core_limits.h"
+#include "index.h"
 #include "list.h"
 #include "record.h"
 #include "slots.h"
 #include "fetch_internal.h"
-
-/* ---- log index (index.c): (volume number, block) -> newest place in the log ---- */
-
-struct index_slot {
-	uint64_t key;         /* number << 40 | block, + 1; 0 empty, UINT64_MAX deleted */
-	uint64_t checksum;
-	uint32_t address;     /* 4 KiB units from the start of the device; 0: zeroes */
-	uint32_t sequence;    /* low 32 bits; the log never spans 2^31 sequences of one volume */
-};
-struct index {
-	struct index_slot *slots;
-	uint64_t capacity;    /* a power of two */
-	uint64_t used, deleted;
-	uint64_t zeros;       /* of used: with address 0; they take no room in the log */
-	uint64_t rebuilds;    /* cursors over the table start again when this changes */
-};
-int index_init(struct index *index, uint64_t entries_max);
-void index_free(struct index *index);
-struct index_slot *index_find(struct index *index, uint32_t number, uint64_t block);
-/* Insert or replace. The caller keeps zeros below index_zeros_limit; the log bounds the others. */
-struct index_slot *index_put(struct index *index, uint32_t number, uint64_t block,
-			     uint32_t address);
-uint64_t index_zeros_limit(const struct index *index, uint64_t log_blocks);
-void index_delete(struct index *index, struct index_slot *slot);
-uint64_t index_limit(const struct index *index);
-/* drop the marks of the deleted; not while a checkpoint walks */
-void index_rebuild(struct index *index);
-static inline uint64_t index_block(const struct index_slot *slot)
-{
-	return (slot->key - 1) & ((1ULL << 40) - 1);
-}
-static inline uint32_t index_number(const struct index_slot *slot)
-{
-	return (uint32_t)((slot->key - 1) >> 40);
-}
-static inline bool index_is_live(const struct index_slot *slot)
-{
-	return slot->key != 0 && slot->key != UINT64_MAX;
-}
 
 /* ---- range tombstones (tombstones.c): trims and zeroes of many blocks, per volume ---- */
 
 struct tombstone {
 	uint64_t first_block, block_count, sequence;
 	uint64_t cursor;      /* of the sweep; UINT64_MAX: swept */
-	uint64_t rebuilds;    /* of the index when the sweep of it began */
+	uint64_t start;       /* of its walk over the index */
 	uint32_t phase;       /* 0: index, 1: slots, 2: done */
 };
 struct tombstones {
@@ -330,7 +292,9 @@ struct checkpoint {
 	uint64_t filled_bytes, flushing_bytes, offset_bytes;
 	uint8_t *captured;            /* volumes, segment table, tombstones: of one instant */
 	uint64_t captured_bytes;
-	uint64_t cursor, index_rebuilds, zeros;
+	uint64_t cursor, zeros;
+	/* of the walk over the index; moves when it paused where it should not, else 0 */
+	uint64_t index_start, index_moves;
 	struct XXH3_state_s *hash;
 	struct mp_cache_checkpoint header;
 	struct mp_cache_super super;
@@ -553,6 +517,8 @@ uint64_t checkpoint_due_ns(const struct mp_engine *engine);
 void checkpoint_fill_volume(const struct volume *volume, struct mp_cache_volume *out);
 /* blocking */
 int super_write(struct mp_driver *driver, struct mp_cache_super *super, uint32_t *copy);
+/* What a checkpoint could hold. */
+uint64_t index_entries_max(const struct mp_engine *engine);
 int checkpoint_load(struct mp_engine *engine, char *message, uint64_t message_bytes);
 int recovery_run(struct mp_engine *engine, char *message, uint64_t message_bytes);
 int super_load(struct mp_driver *driver, struct mp_cache_super *out, uint32_t *copy, char *message,

@@ -33,6 +33,7 @@ struct recovery {
 	uint8_t *memory;              /* one segment */
 	char *message;
 	uint64_t message_bytes;
+	int error;                    /* met while a chain was followed */
 };
 
 static int complain(struct recovery *recovery, int error, const char *what)
@@ -178,9 +179,11 @@ static bool incarnation_follows(const struct volume *volume, uint64_t incarnatio
 	       (incarnation >> 32 < known >> 32 || incarnation == known);
 }
 
-/* Could this engine have logged it? What the index cannot hold was never there. */
-static bool is_possible(const struct mp_engine *engine, const struct mp_record *record)
+/* Could an engine have logged it? What a checkpoint has no room for was never there. The index grows
+ * for a log that was filled when its limits were wider. */
+static bool is_possible(struct recovery *recovery, const struct mp_record *record)
 {
+	struct mp_engine *engine = recovery->engine;
 	const struct mp_extent *table = (const struct mp_extent *)(const void *)(
 		(const uint8_t *)record + MP_RECORD_HEADER_BYTES);
 	uint64_t entries = 0, ranges = 0;
@@ -198,16 +201,20 @@ static bool is_possible(const struct mp_engine *engine, const struct mp_record *
 		else
 			ranges++;
 	}
-	return engine->index.used + engine->index.deleted + entries < engine->index.capacity - 1 &&
-	       engine->tombstone_count + 2 * ranges <= TOMBSTONES_MAX;
+	entries += engine->index.used;
+	if (entries > index_entries_max(engine) ||
+	    engine->tombstone_count + 2 * ranges > TOMBSTONES_MAX)
+		return false;
+	recovery->error = index_reserve(&engine->index, entries);
+	return recovery->error == 0;
 }
 
-static bool follows(const struct volume *volume, const struct mp_record *record, uint64_t ordinal)
+static bool follows(struct recovery *recovery, const struct volume *volume,
+		    const struct mp_record *record, uint64_t ordinal)
 {
 	if (memcmp(record->volume, volume->id, sizeof record->volume) != 0 ||
 	    record->segment_ordinal != ordinal ||
-	    !incarnation_follows(volume, record->incarnation) ||
-	    !is_possible(volume->engine, record))
+	    !incarnation_follows(volume, record->incarnation) || !is_possible(recovery, record))
 		return false;
 	if (!fault(volume->engine, MP_FAULT_NO_INCARNATION) &&
 	    record->previous_checksum != volume->head_checksum)
@@ -274,7 +281,7 @@ static void follow_segment(struct recovery *recovery, struct volume *volume, uin
 		const struct mp_record *record = record_at(engine, recovery->memory,
 							   volume->head_offset_bytes, &length);
 
-		if (!record || !follows(volume, record, ordinal))
+		if (!record || !follows(recovery, volume, record, ordinal))
 			return;
 		if (!fault(engine, MP_FAULT_SKIP_DATA_CHECKSUM) &&
 		    mp_record_check_payload(record, (uint64_t)length))
@@ -425,7 +432,7 @@ static int follow_chain(struct recovery *recovery, struct volume *volume)
 		loaded = true;
 		follow_segment(recovery, volume, segment);
 	}
-	while ((next = next_segment(recovery, volume)) != NO_SEGMENT) {
+	while (!recovery->error && (next = next_segment(recovery, volume)) != NO_SEGMENT) {
 		rc = load_segment(recovery, next);
 		if (rc)
 			return rc;
@@ -435,6 +442,8 @@ static int follow_chain(struct recovery *recovery, struct volume *volume)
 		if (volume->head_offset_bytes == 0)
 			break; /* its first record has a good header and bad data: the end */
 	}
+	if (recovery->error)
+		return recovery->error;
 	rc = synced_beyond(recovery, volume, loaded);
 	if (rc == 1)
 		damaged(recovery, volume);

@@ -325,13 +325,15 @@ static void walk(struct mp_engine *engine)
 /* The segment could not be walked: find by place what the index still has of it. */
 static void forget_by_place(struct mp_engine *engine, uint32_t segment)
 {
-	uint64_t i;
+	uint64_t start = index_walk_start(&engine->index), step = 0;
 
-	for (i = 0; i < engine->index.capacity; i++) {
-		struct index_slot *slot = &engine->index.slots[i];
+	while (step < engine->index.capacity) {
+		struct index_slot *slot = index_walk(&engine->index, start, step);
 		if (index_is_live(slot) && slot->address &&
 		    segment_of_address(engine, slot->address) == segment)
 			index_delete(&engine->index, slot);
+		else
+			step++;
 	}
 }
 

@@ -9,35 +9,57 @@
  */
 #include "engine_internal.h"
 
-static void index_drop(struct volume *volume, struct index_slot *slot, const struct tombstone *item)
+static bool is_hidden(const struct volume *volume, const struct index_slot *slot,
+		      const struct tombstone *item)
 {
 	uint64_t block = index_block(slot);
 
-	if (index_number(slot) == volume->number && block >= item->first_block &&
-	    block - item->first_block < item->block_count &&
-	    (int32_t)(slot->sequence - (uint32_t)item->sequence) < 0)
-		index_delete(&volume->engine->index, slot);
+	return index_number(slot) == volume->number && block >= item->first_block &&
+	       block - item->first_block < item->block_count &&
+	       (int32_t)(slot->sequence - (uint32_t)item->sequence) < 0;
+}
+
+static void sweep_blocks(struct volume *volume, struct tombstone *item, uint64_t stop)
+{
+	struct index *index = &volume->engine->index;
+
+	for (; item->cursor < stop; item->cursor++) {
+		struct index_slot *slot =
+			index_find(index, volume->number, item->first_block + item->cursor);
+		if (slot && is_hidden(volume, slot, item))
+			index_delete(index, slot);
+	}
+}
+
+/* What is put meanwhile is newer than the tombstone: it may be missed. */
+static void sweep_table(struct volume *volume, struct tombstone *item, uint64_t stop)
+{
+	struct index *index = &volume->engine->index;
+
+	if (item->cursor == 0)
+		item->start = index_walk_start(index);
+	while (item->cursor < stop || (item->cursor < index->capacity &&
+				       !index_may_pause(index, item->start, item->cursor))) {
+		struct index_slot *slot = index_walk(index, item->start, item->cursor);
+		if (index_is_live(slot) && is_hidden(volume, slot, item))
+			index_delete(index, slot);
+		else
+			item->cursor++;
+	}
 }
 
 /* By block or by table slot, whichever walk is shorter. */
 static void sweep_index(struct volume *volume, struct tombstone *item)
 {
-	struct index *index = &volume->engine->index;
-	bool by_block = item->block_count <= index->capacity;
-	uint64_t end = by_block ? item->block_count : index->capacity, stop;
+	uint64_t capacity = volume->engine->index.capacity;
+	bool by_block = item->block_count <= capacity;
+	uint64_t end = by_block ? item->block_count : capacity;
+	uint64_t stop = end - item->cursor > SWEEP_STEPS ? item->cursor + SWEEP_STEPS : end;
 
-	if (!by_block && item->cursor && item->rebuilds != index->rebuilds)
-		item->cursor = 0;
-	item->rebuilds = index->rebuilds;
-	stop = end - item->cursor > SWEEP_STEPS ? item->cursor + SWEEP_STEPS : end;
-	for (; item->cursor < stop; item->cursor++) {
-		struct index_slot *slot =
-			by_block ? index_find(index, volume->number,
-					      item->first_block + item->cursor)
-				 : &index->slots[item->cursor];
-		if (slot && index_is_live(slot))
-			index_drop(volume, slot, item);
-	}
+	if (by_block)
+		sweep_blocks(volume, item, stop);
+	else
+		sweep_table(volume, item, stop);
 	if (item->cursor == end) {
 		item->phase = 1;
 		item->cursor = 0;

@@ -86,12 +86,15 @@ static void volume_purge(struct volume *volume)
 {
 	struct mp_engine *engine = volume->engine;
 	uint32_t at = volume->tail_segment;
-	uint64_t i;
+	uint64_t start = index_walk_start(&engine->index), step = 0;
 
-	for (i = 0; i < engine->index.capacity; i++)
-		if (index_is_live(&engine->index.slots[i]) &&
-		    index_number(&engine->index.slots[i]) == volume->number)
-			index_delete(&engine->index, &engine->index.slots[i]);
+	while (step < engine->index.capacity) {
+		struct index_slot *slot = index_walk(&engine->index, start, step);
+		if (index_is_live(slot) && index_number(slot) == volume->number)
+			index_delete(&engine->index, slot);
+		else
+			step++;
+	}
 	while (at != NO_SEGMENT) {
 		struct segment *segment = &engine->segments[at];
 		at = segment->next;
