@@ -110,7 +110,7 @@ def guarded(show: Show) -> Outcome:
     """A line that breaks is short, with the reason as its figure."""
     try:
         return show()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return Outcome("-", f"{type(error).__name__}: {error}", passed=False)
 
 
