@@ -1,8 +1,9 @@
 # Two commands do everything on a fresh Debian 12 with Python 3.11, make and git:
 #   make demo    build, install into .venv, and run the main job
 #   make test    install what the tests need and run them all
-# The rest: build, install, uninstall, bench, lint, format, prove WHAT=skeleton, clean. System
-# packages are printed first; only those that are missing are installed, with sudo where not root.
+# The rest: build, install, uninstall, bench, bench-density, lint, format, prove WHAT=backbone,
+# clean. System packages are printed first; only those that are missing are installed, with sudo
+# where not root.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -39,7 +40,7 @@ NATIVE := $(wildcard native/*.c native/*.h native/build_native.py)
 
 .PHONY: help demo test build install uninstall bench lint format prove clean
 help:
-	@sed -n '1,5s/^# \{0,1\}//p' Makefile
+	@sed -n '1,6s/^# \{0,1\}//p' Makefile
 
 give_up = { echo "make $(1)" >&2; exit 1; }
 
@@ -149,6 +150,10 @@ test: $(RUN)/test.packages $(RUN)/native
 bench: $(RUN)/bench.packages $(RUN)/native
 	@PYTHONPATH=bench $(VENV)/bin/python -m peers $(ARGS)
 	if [[ -z "$(ARGS)" ]]; then $(VENV)/bin/pytest bench/micro; fi
+
+# How many guests one slow store disk serves at equal p99, with the cache and without.
+bench-density: $(RUN)/bench.packages $(RUN)/native
+	@PYTHONPATH=bench $(VENV)/bin/python -m density $(ARGS)
 
 lint: $(RUN)/native
 	@$(VENV)/bin/ruff check .

@@ -24,6 +24,7 @@ HEADERS = (
     "driver.h",
     "driver_sim.h",
     "driver_test.h",
+    "driver_slow.h",
     "record.h",
     "policy.h",
     "index.h",

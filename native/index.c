@@ -1,9 +1,9 @@
 /* index.c - the log index: open addressing over (volume number, block), sized once from the log.
  *
- * An entry sits in the first free slot from its home on; the home is the key's mixed bits, scaled to
- * the capacity, which therefore need not be a power of two: 24 bytes x 1.32 slots per block of the
- * log, below the 32 bytes that a block may cost. Deleting moves what follows back, towards its home and never
- * past it, so there are no marks to clear and no table to rebuild.
+ * An entry sits in the first free slot from its home on; the home is the key's mixed bits, scaled
+ * to the capacity, which therefore need not be a power of two: 24 bytes x 1.32 slots per block of
+ * the log, below the 32 bytes that a block may cost. Deleting moves what follows back, towards its
+ * home and never past it, so there are no marks to clear and no table to rebuild.
  *
  * Happy path: find and put are one or two cache lines; where the log is full of blocks that were
  * written once, three.

@@ -179,8 +179,8 @@ static bool incarnation_follows(const struct volume *volume, uint64_t incarnatio
 	       (incarnation >> 32 < known >> 32 || incarnation == known);
 }
 
-/* Could an engine have logged it? What a checkpoint has no room for was never there. The index grows
- * for a log that was filled when its limits were wider. */
+/* Could an engine have logged it? What a checkpoint has no room for was never there. The index
+ * grows for a log that was filled when its limits were wider. */
 static bool is_possible(struct recovery *recovery, const struct mp_record *record)
 {
 	struct mp_engine *engine = recovery->engine;
