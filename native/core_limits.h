@@ -34,6 +34,13 @@ enum {
 	FETCH_RECEIVE_BYTES = 256 * 1024,    /* of replies, per system call */
 	FETCH_RECEIVES = 8,                  /* per connection and turn */
 	FETCH_BLOCKS_MAX = SLICE_BLOCKS,     /* of one READ frame: what a read has, at most */
+	STREAMS_MAX = 8,                     /* sequential readers told apart, per volume */
+	STREAM_PATIENCE = 64,                /* a real stream outlives this many other reads, x 8 */
+	READAHEAD_REQUESTS = 3,              /* that continue one another before it is a stream */
+	READAHEAD_GAP_REQUESTS = 4,          /* that change places in flight */
+	READAHEAD_BLOCKS_MIN = 32,           /* first window; it doubles with each use */
+	READAHEAD_BLOCKS_MAX = 512,
+	READAHEAD_BYTES_MAX = 16 * 1024 * 1024, /* on its way or not yet asked for; per shard */
 	FETCH_ATTEMPTS = 3,                  /* of a reply that does not verify */
 	/* slot writes in flight; beyond it a miss is not installed */
 	FILLS_MAX = 128,
@@ -78,6 +85,7 @@ _Static_assert(MP_CACHE_SEGMENT_BYTES % SCAN_STEP_BYTES == 0, "a segment is whol
 _Static_assert(MP_RECORD_HEADER_BYTES + APPEND_EXTENTS_MAX * MP_EXTENT_BYTES <= 65536,
 	       "header fits");
 _Static_assert(PREFETCHES_MAX * SLICE_BYTES <= INTERNAL_BYTES, "CACHE leaves room for guests");
+_Static_assert(2 * READAHEAD_BLOCKS_MAX * MP_BLOCK_BYTES <= READAHEAD_BYTES_MAX, "some streams");
 _Static_assert(FETCH_BLOCKS_MAX <= (int)MP_READ_BLOCKS_MAX, "a store takes it");
 _Static_assert(SLICE_BYTES <= APPEND_BYTES_MAX, "one mutation fits one record");
 

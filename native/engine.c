@@ -151,6 +151,7 @@ static void stop_step(struct mp_engine *engine)
 			cut_off(engine);
 		return;
 	}
+	fetches_abandon(engine); /* read ahead: nobody waits for it */
 	if (engine->release.volume || engine->cut.volume || engine->sync.running ||
 	    engine->fills_inflight || engine->rescue.stage)
 		return;

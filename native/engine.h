@@ -79,7 +79,8 @@ struct mp_engine_volume {
 struct mp_engine_counters {
 	uint64_t requests, hits, misses, read_bytes, written_bytes, flushes, log_records, log_bytes,
 		syncs, slot_reads, slot_writes, slot_bytes_written, slot_checksum_errors,
-		slot_stale_after_restart, log_checksum_errors, fetches, fetch_checksum_errors,
+		slot_stale_after_restart, log_checksum_errors, fetches, fetches_joined,
+		readahead_blocks, fetch_checksum_errors,
 		fetch_retries, batches, batch_bytes, checkpoints, checkpoint_bytes, protocol_errors,
 		refused_requests, device_errors, segments_free, segments_total, segments_waiting,
 		slots_used, slots_total, slot_bytes, index_entries, memory_bytes, inflight_requests,

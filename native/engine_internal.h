@@ -224,7 +224,8 @@ struct volume {
 	bool open_pending;            /* MP_EVENT_OPENED waits for a checkpoint */
 	uint64_t open_cookie, open_serial;
 	int error;
-	uint32_t connections, fetch_count, fills_inflight;
+	uint32_t connections, fetch_count, ahead_count, fills_inflight;
+	struct stream streams[STREAMS_MAX];
 	/* destage */
 	uint32_t cut_segment;
 	/* where the record with this first sequence starts */
@@ -363,6 +364,9 @@ struct mp_engine {
 	bool resume_wanted;           /* a request ended: paused connections may go on */
 	struct store_link stores[STORES_MAX];
 	struct link fetches[FETCH_BUCKETS]; /* outstanding, by request id */
+	struct link fetch_places[FETCH_BUCKETS];
+	struct link ahead;            /* read ahead and not yet taken, oldest first */
+	uint64_t ahead_bytes;         /* those, and the ones on their way */
 	uint64_t next_request_id;
 	bool fetches_wait;            /* in a store's queue, to be sent this turn */
 	uint32_t fills_inflight, ios_inflight;

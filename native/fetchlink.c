@@ -42,8 +42,11 @@ static void drop(struct store_link *store)
 	statuses_abandon(store);
 	while (!list_is_empty(&store->sent)) {
 		struct link *youngest = store->sent.previous;
+		struct fetch *fetch = CONTAINER(youngest, struct fetch, in_queue);
 		list_remove(youngest);
-		list_append(store->waiting.next, youngest);
+		fetch->sent = false;
+		list_append(fetch->background ? store->background.next : store->waiting.next,
+			    youngest);
 	}
 }
 
@@ -69,7 +72,7 @@ static void broken(struct store_link *store, int status)
 
 static void frame_of(const struct fetch *fetch, uint8_t *out)
 {
-	const struct volume *volume = fetch->read->volume;
+	const struct volume *volume = fetch->volume;
 	struct { struct mp_frame frame; struct mp_read_request request; } wire;
 
 	memset(&wire, 0, sizeof wire);
@@ -79,10 +82,15 @@ static void frame_of(const struct fetch *fetch, uint8_t *out)
 	memcpy(wire.request.volume, volume->id, sizeof wire.request.volume);
 	wire.request.epoch = volume->epoch;
 	wire.request.minimum_sequence = volume->destaged_sequence;
-	wire.request.first_block = fetch->read->first_block + fetch->first;
+	wire.request.first_block = fetch->first_block;
 	wire.request.block_count = fetch->count;
 	mp_frame_seal(&wire.frame);
 	memcpy(out, &wire, READ_FRAME_BYTES);
+}
+
+static bool is_waiting(const struct store_link *store)
+{
+	return !list_is_empty(&store->waiting) || !list_is_empty(&store->background);
 }
 
 static void fill_out(struct store_link *store)
@@ -90,14 +98,16 @@ static void fill_out(struct store_link *store)
 	if (store->out_begin != store->out_end)
 		return;
 	store->out_begin = store->out_end = 0;
-	while (!list_is_empty(&store->waiting) &&
-	       store->out_end + READ_FRAME_BYTES <= FETCH_OUT_BYTES) {
-		struct fetch *fetch = CONTAINER(store->waiting.next, struct fetch, in_queue);
+	while (store->out_end + READ_FRAME_BYTES <= FETCH_OUT_BYTES && is_waiting(store)) {
+		struct link *next = list_is_empty(&store->waiting) ? store->background.next
+								   : store->waiting.next;
+		struct fetch *fetch = CONTAINER(next, struct fetch, in_queue);
 
 		frame_of(fetch, store->out + store->out_end);
 		store->out_end += READ_FRAME_BYTES;
 		list_remove(&fetch->in_queue);
 		list_append(&store->sent, &fetch->in_queue);
+		fetch->sent = true;
 	}
 	/* The guests' reads go first. */
 	while (!list_is_empty(&store->statuses_waiting) &&
@@ -136,11 +146,22 @@ static void send_frames(struct store_link *store)
 
 void fetch_link_queue(struct fetch *fetch)
 {
-	const struct volume *volume = fetch->read->volume;
+	const struct volume *volume = fetch->volume;
+	struct store_link *store = &volume->engine->stores[volume->store];
 
-	list_init(&fetch->in_queue);
-	list_append(&volume->engine->stores[volume->store].waiting, &fetch->in_queue);
+	list_append(fetch->background ? &store->background : &store->waiting, &fetch->in_queue);
 	volume->engine->fetches_wait = true;
+}
+
+void fetch_link_hurry(struct fetch *fetch)
+{
+	if (!fetch->background)
+		return;
+	fetch->background = false;
+	if (fetch->sent)
+		return;
+	list_remove(&fetch->in_queue);
+	fetch_link_queue(fetch);
 }
 
 void fetch_links_flush(struct mp_engine *engine)
@@ -152,8 +173,8 @@ void fetch_links_flush(struct mp_engine *engine)
 	engine->fetches_wait = false;
 	for (i = 0; i < STORES_MAX; i++) {
 		struct store_link *store = &engine->stores[i];
-		if (store_link_is_up(store) && (!list_is_empty(&store->waiting) ||
-						 !list_is_empty(&store->statuses_waiting)))
+		if (store_link_is_up(store) &&
+		    (is_waiting(store) || !list_is_empty(&store->statuses_waiting)))
 			send_frames(store);
 	}
 }
@@ -286,13 +307,17 @@ void fetch_links_init(struct mp_engine *engine)
 {
 	uint32_t i;
 
-	for (i = 0; i < FETCH_BUCKETS; i++)
+	for (i = 0; i < FETCH_BUCKETS; i++) {
 		list_init(&engine->fetches[i]);
+		list_init(&engine->fetch_places[i]);
+	}
+	list_init(&engine->ahead);
 	for (i = 0; i < STORES_MAX; i++) {
 		struct store_link *store = &engine->stores[i];
 		store->engine = engine;
 		store->socket = -1;
 		list_init(&store->waiting);
+		list_init(&store->background);
 		list_init(&store->sent);
 		list_init(&store->statuses_waiting);
 		list_init(&store->statuses);
@@ -307,9 +332,14 @@ void fetch_links_free(struct mp_engine *engine)
 		while (!list_is_empty(&engine->fetches[i])) {
 			struct fetch *fetch =
 				CONTAINER(engine->fetches[i].next, struct fetch, in_bucket);
-			list_remove(&fetch->in_bucket);
-			free(fetch);
+			while (!list_is_empty(&fetch->waiters)) {
+				struct link *first = fetch->waiters.next;
+				list_remove(first);
+				free(CONTAINER(first, struct waiter, in_fetch));
+			}
+			fetch_free(fetch);
 		}
+	readahead_forget(engine, NULL);
 	for (i = 0; i < STORES_MAX; i++) {
 		struct store_link *store = &engine->stores[i];
 		if (store_link_is_up(store))

@@ -311,6 +311,7 @@ static bool is_hole(const struct read *read)
 void read_start(struct read *read)
 {
 	uint32_t i, run;
+	bool missed = false;
 
 	read->pending = 1; /* ours, until everything is started */
 	for (i = 0; i < read->block_count; i++)
@@ -331,6 +332,9 @@ void read_start(struct read *read)
 			fetch_start(read, i, run);
 		else
 			start_part(read, i, run);
+		missed |= kind == SOURCE_MISS;
 	}
+	if (!read->mutation && !read->prefetch)
+		readahead_note(read, missed);
 	read_part_done(read);
 }

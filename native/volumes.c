@@ -107,6 +107,7 @@ static void volume_purge(struct volume *volume)
 	volume->tombstones.count = 0;
 	volume->tail_segment = volume->head_segment = volume->cut_segment = NO_SEGMENT;
 	volume->release_generation++;
+	readahead_forget(engine, volume);
 	pthread_mutex_lock(&engine->mutex);
 	cut_reset(volume);
 	pthread_mutex_unlock(&engine->mutex);
@@ -157,6 +158,9 @@ static void opened(struct volume *volume, const struct command *command)
 {
 	struct mp_engine *engine = volume->engine;
 
+	/* Another epoch: what was read ahead may be of another writer's image. */
+	readahead_forget(engine, volume);
+	memset(volume->streams, 0, sizeof volume->streams);
 	volume->size_bytes = command->size_bytes;
 	volume->epoch = command->epoch;
 	volume->lineage = command->lineage;
@@ -242,6 +246,7 @@ int volume_close(struct mp_engine *engine, const struct command *command)
 	    volume->applied_sequence > volume->destaged_sequence)
 		return -EBUSY;
 	volume->open = volume->dirty_recorded = volume->dirty_asked = false;
+	readahead_forget(engine, volume);
 	if (command->flag) {
 		volume_purge(volume);
 		volume_free(volume);

@@ -52,9 +52,12 @@ class Rig:
         self._up = False
         self._cookie = 0
         self._replies = bytearray()
-        self._format(device_bytes, log_bytes, segment_bytes)
+        self._sizes = device_bytes, log_bytes, segment_bytes
+        self.format_again()
 
-    def _format(self, device_bytes: int, log_bytes: int, segment_bytes: int) -> None:
+    def format_again(self) -> None:
+        """An empty device, as before the first start."""
+        device_bytes, log_bytes, segment_bytes = self._sizes
         driver = self.sim.driver()
         chosen = ffi.new("struct mp_cache_format_options *")
         chosen.device_bytes, chosen.slot_bytes = device_bytes, 16384
@@ -77,7 +80,7 @@ class Rig:
         """Recover."""
         self.engine = Engine.open_driver(self.sim.driver(), self.options)
         self._up = True
-        self.fetch = FetchSocket(self.sim, self.engine)
+        self.connect_fetch()
 
     def fall(self, options: SimOptions | None = None) -> None:
         """Crash; the disk keeps all that reached it unless options say otherwise."""
@@ -117,6 +120,35 @@ class Rig:
         """A frame of the tester's own, as if from the store."""
         frame = record.encode_frame(frame_type, payload, request_id=request_id)
         self.fetch.feed(frame)
+
+    def connect_fetch(self) -> None:
+        """A fetch connection between both."""
+        self.fetch = FetchSocket(self.sim, self.engine)
+
+    def lose_fetch_connection(self) -> None:
+        """It ends under what is asked; there is another."""
+        self.fetch.hang_up()
+        self.store.core.hangup(2)
+        self.turn()
+        self.connect_fetch()
+
+    def asked(self) -> list[int]:
+        """First blocks of the READ frames on their way, which are lost by this."""
+        stream, firsts = self.fetch.take(), []
+        while (found := record.decode_frame(stream)) is not None:
+            frame, length = found
+            wanted = ffi.new("struct mp_read_request *")
+            ffi.memmove(wanted, frame.payload, ffi.sizeof(wanted[0]))
+            firsts.append(int(wanted.first_block))
+            stream = stream[length:]
+        return firsts
+
+    def disconnect_all(self) -> None:
+        """Every guest leaves."""
+        for cookie in range(1001, 1001 + self._cookie):
+            self.engine.disconnect(cookie)
+        for _ in range(10):
+            self.turn()
 
     def until(self, done: Callable[[], object]) -> None:
         """Turns, until something is so.  Illegal."""
