@@ -29,6 +29,7 @@ RECOVERY_LIMIT_S = 10
 IDLE_LIMIT_PERCENT = 1.0
 IDLE_S = 20
 OTHERS_KEEP = 0.8
+GUEST_TIMEOUT_S = 90
 
 
 @contextmanager
@@ -84,13 +85,26 @@ def spawn(made: Farm, name: str, size_bytes: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
+def wait_for(guests: list[subprocess.Popen[bytes]]) -> None:
+    """Until all have written what they had to; a guest that hangs is killed and told of."""
+    end = time.perf_counter() + GUEST_TIMEOUT_S
+    try:
+        for guest in guests:
+            if guest.wait(max(end - time.perf_counter(), 0)):
+                raise SystemExit("a guest whose store is there got an error")
+    except subprocess.TimeoutExpired:
+        raise SystemExit(
+            f"a guest whose store is there did not end in {GUEST_TIMEOUT_S} s"
+        ) from None
+    finally:
+        for guest in guests:
+            guest.kill()
+
+
 def others_rate(made: Farm, names: list[str], each_bytes: int) -> float:
     """Bytes per second that these volumes write together, until all are done."""
     begin = time.perf_counter()
-    running = [spawn(made, name, each_bytes) for name in names]
-    for process in running:
-        if process.wait():
-            raise SystemExit("a guest whose store is there got an error")
+    wait_for([spawn(made, name, each_bytes) for name in names])
     return len(names) * each_bytes / (time.perf_counter() - begin)
 
 
@@ -130,13 +144,12 @@ def stopped() -> Outcome:
         begin = time.perf_counter()
         running = [spawn(made, name, each) for name in others]
         rates = samples_until_stalled(made, "stopped", timeout_s=60)
-        for process in running:
-            if process.wait():
-                raise SystemExit("a guest whose store is there got an error")
+        wait_for(running)
         after = len(others) * each / (time.perf_counter() - begin)
         stalled = not any(rates[-20:])
         made.stores[1].thaw()
-        ended = background.wait(300)
+        wait_for([background])
+        ended = background.returncode
         made.wait_destaged()
     peak = max(rates)
     between = sum(0.02 * peak < rate < 0.8 * peak for rate in rates)
