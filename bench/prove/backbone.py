@@ -60,7 +60,7 @@ def judged(command: list[str], log_name: str, shown: str) -> Outcome:
 @registry.line("bench", "make bench: hits, writes, flushes, large requests, misses, ingest")
 def bench() -> Outcome:
     """Medians of five interleaved pairs against the named peers."""
-    return judged(["make", "bench"], "bench", "make bench")
+    return judged(["make", "bench", "ARGS="], "bench", "make bench")
 
 
 @registry.line(
@@ -68,7 +68,7 @@ def bench() -> Outcome:
 )
 def density() -> Outcome:
     """The store's disk does 200 random reads per second at 10 ms."""
-    return judged(["make", "bench-density"], "density", "make bench-density")
+    return judged(["make", "bench-density", "ARGS="], "density", "make bench-density")
 
 
 # ---- four volumes, one store stopped ----
