@@ -162,6 +162,7 @@ static void free_waiting(struct mp_engine *engine)
 		if (segment->state == SEGMENT_WAITING &&
 		    segment->released_serial < engine->checkpoint.serial) {
 			segment->state = SEGMENT_FREE;
+			engine->shares_stale = true;
 			engine->segments_waiting--;
 			engine->segments_free++;
 		}

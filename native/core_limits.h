@@ -25,6 +25,21 @@ enum {
 	APPEND_IOVECS_MAX = 500,             /* below MP_IOV_MAX */
 	/* of the log; MP_CACHE_SEGMENT_BYTES is usual, and most */
 	SEGMENT_BYTES_MIN = 1536 * 1024,
+	/* Data may not take the last segments: trims, zeroes and tellings of a sync fit always. */
+	SEGMENTS_RESERVED = 2,
+	SHARE_SEGMENTS_MIN = 2,              /* least that a maximum share of the log can be */
+	/* of what no minimum covers and nobody else has, one volume may take; see shares.c */
+	SHARE_PART = 3, SHARE_PARTS = 4,
+	/* Slowing: from beyond this rate (a first touch that few guests notice), in so many
+	 * halvings, to the least rate that destage may have (64 KiB/s, cache/limits.py). */
+	RATE_SLOWED_FIRST = 256 * 1024 * 1024,
+	RATE_HALVINGS = 12,
+	PACE_STEP_NS = 20000000,             /* of a slowed guest's rate goes into one record */
+	PACE_CREDIT_NS = 2000000,
+	/* room in the last segment of a share that data leaves to trims and tellings */
+	RANGE_ROOM_BYTES = 64 * 1024,
+	/* of the buffers that a volume may hold otherwise, for writes of a slowed guest */
+	SLOWED_BUFFER_PARTS = 4,
 	RANGE_BLOCKS_MIN = 9,                /* trims from this many blocks on are tombstones */
 	TOMBSTONES_MAX = 65536,              /* per shard; more wait for destage and sweep */
 	SWEEP_STEPS = 256,                   /* table steps of sweeping per turn of the loop */
@@ -87,6 +102,9 @@ _Static_assert(MP_RECORD_HEADER_BYTES + APPEND_EXTENTS_MAX * MP_EXTENT_BYTES <= 
 _Static_assert(PREFETCHES_MAX * SLICE_BYTES <= INTERNAL_BYTES, "CACHE leaves room for guests");
 _Static_assert(2 * READAHEAD_BLOCKS_MAX * MP_BLOCK_BYTES <= READAHEAD_BYTES_MAX, "some streams");
 _Static_assert(FETCH_BLOCKS_MAX <= (int)MP_READ_BLOCKS_MAX, "a store takes it");
+_Static_assert(RATE_SLOWED_FIRST >> RATE_HALVINGS == 64 * 1024, "slowed to destage's least rate");
+_Static_assert(RANGE_ROOM_BYTES < SEGMENT_BYTES_MIN / 8, "data has most of a segment");
+_Static_assert(SHARE_PART < SHARE_PARTS, "something is left for the next volume");
 _Static_assert(SLICE_BYTES <= APPEND_BYTES_MAX, "one mutation fits one record");
 
 #endif

@@ -301,6 +301,7 @@ void destaged(struct volume *volume, uint64_t sequence)
 	if (sequence <= volume->destaged_sequence)
 		return;
 	volume->destaged_sequence = sequence;
+	engine->shares_stale = true;
 	volume->sweep_wanted = volume->tombstones.count > 0;
 	if (volume->batch && engine->cut.volume != volume) {
 		if (sequence >= volume->batch_last_sequence) {

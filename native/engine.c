@@ -11,7 +11,7 @@
 
 #include <stdio.h>
 
-enum { PUBLISH_NS = 5000000, SEGMENTS_LOW = 4 };
+enum { PUBLISH_NS = 5000000 };
 #define STOP_GRACE_NS 1000000000ULL
 
 void engine_submit(struct mp_engine *engine, struct mp_io *io)
@@ -66,10 +66,13 @@ void volume_fail(struct volume *volume, int error, const char *what)
 	engine_event(volume->engine, &event);
 }
 
-static void fail_waiting(struct volume *volume)
+void fail_waiting(struct volume *volume)
 {
 	while (!list_is_empty(&volume->ready))
 		mutation_failed(CONTAINER(volume->ready.next, struct mutation, in_queue), EIO);
+	while (!list_is_empty(&volume->ready_ranges))
+		mutation_failed(CONTAINER(volume->ready_ranges.next, struct mutation, in_queue),
+				EIO);
 	while (!list_is_empty(&volume->syncs)) {
 		struct request *request =
 			CONTAINER(volume->syncs.next, struct request, in_sync);
@@ -189,6 +192,8 @@ static void tell_opened(struct mp_engine *engine)
 
 static void background(struct mp_engine *engine)
 {
+	uint64_t spare;
+
 	rescue_step(engine);
 	cut_step(engine);
 	release_step(engine);
@@ -196,9 +201,10 @@ static void background(struct mp_engine *engine)
 		sweep_step(engine);
 	/* A checkpoint costs a walk over index and slots: let several segments wait for one, unless
 	 * appends need them. */
-	if (engine->segments_waiting && engine->segments_free < engine->segment_count / 4 &&
+	spare = shares_spare_segments(engine);
+	if (engine->segments_waiting && spare < engine->segment_count / 4 &&
 	    (engine->segments_waiting >= engine->segment_count / 8 ||
-	     engine->segments_free <= SEGMENTS_LOW))
+	     engine->segments_waiting >= spare))
 		engine->checkpoint.wanted = true;
 	engine->checkpoint.wanted |= checkpoint_due_ns(engine) <= engine->now_ns;
 	checkpoint_step(engine);
@@ -369,6 +375,7 @@ struct mp_engine *mp_engine_open(struct mp_driver *driver, const struct mp_engin
 	rc = rc ? rc : allocate(engine);
 	rc = rc ? rc : recovery_run(engine, message, message_bytes);
 	if (rc == 0) {
+		shares_update(engine);
 		publish(engine, true);
 		return engine;
 	}

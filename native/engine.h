@@ -69,6 +69,10 @@ struct mp_engine_volume {
 	uint64_t dirty_bytes;              /* log bytes not yet destaged */
 	uint64_t log_segments;             /* held by its chain */
 	uint64_t oldest_dirty_ns;          /* age of the oldest undestaged write; 0: none */
+	uint64_t slots_held;
+	uint64_t log_share_bytes;          /* most of dirty_bytes, now */
+	/* its guest may write, now; UINT64_MAX: not slowed, 0: waits for destage */
+	uint64_t slowed_bytes_per_s;
 	uint64_t connections;
 	uint64_t flags;                    /* enum mp_volume_flag */
 	uint64_t reads, writes, flushes, trims, zeroes;
@@ -99,6 +103,16 @@ void mp_engine_counters(struct mp_engine *engine, struct mp_engine_counters *out
 int mp_engine_open_volume(struct mp_engine *engine, const uint8_t *id, uint64_t size_bytes,
 			  uint64_t epoch, uint64_t lineage, uint64_t applied_sequence,
 			  int keep_slots, uint32_t store, uint64_t cookie);
+/* What a volume may take of a shard, for as long as it is open; 0: nothing set. Minimums are kept
+ * free for it as far as the device allows, maximums are at least two segments. */
+struct mp_volume_shares {
+	uint64_t log_min_bytes, log_max_bytes;
+	uint64_t slots_min_bytes, slots_max_bytes;
+	/* The guest is slowed, and stopped, rather than that a write is undestaged for so long. */
+	uint64_t strict_bound_ns;
+};
+int mp_engine_configure_volume(struct mp_engine *engine, const uint8_t *id,
+			       const struct mp_volume_shares *shares);
 /* Drop a volume without dirty records and without connections; its slots are swept.
  * MP_EVENT_CLOSED. */
 int mp_engine_close_volume(struct mp_engine *engine, const uint8_t *id, int forget_slots,

@@ -50,6 +50,17 @@ class EngineOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class VolumeShares:
+    """struct mp_volume_shares; 0 means nothing set."""
+
+    log_min_bytes: int = 0
+    log_max_bytes: int = 0
+    slots_min_bytes: int = 0
+    slots_max_bytes: int = 0
+    strict_bound_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class VolumeStatus:
     """struct mp_engine_volume, flags decoded."""
 
@@ -63,6 +74,9 @@ class VolumeStatus:
     dirty_bytes: int
     log_segments: int
     oldest_dirty_ns: int
+    slots_held: int
+    log_share_bytes: int
+    slowed_bytes_per_s: int
     connections: int
     flags: int
     reads: int
@@ -333,6 +347,13 @@ class Engine:
             cookie,
         )
         _check(result, "open of a volume")
+
+    def configure_volume(self, volume: bytes, shares: VolumeShares) -> None:
+        """What an open volume may take; in force at once, until it is closed."""
+        c_shares = ffi.new("struct mp_volume_shares *")
+        for field in fields(shares):
+            setattr(c_shares, field.name, getattr(shares, field.name))
+        _check(lib.mp_engine_configure_volume(self._engine, volume, c_shares), "shares")
 
     def close_volume(self, volume: bytes, *, forget_slots: bool, cookie: int) -> None:
         """Drop a volume without dirty records and connections; Closed follows."""

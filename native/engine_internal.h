@@ -26,6 +26,7 @@
 #include "index.h"
 #include "list.h"
 #include "record.h"
+#include "shares.h"
 #include "slots.h"
 #include "fetch_internal.h"
 
@@ -214,7 +215,9 @@ struct volume {
 	/* newest synced_sequence that a record of the chain tells */
 	uint64_t logged_synced_sequence;
 	uint64_t synced_at_ns;
-	struct link mutations, ready, appends, held, syncs;
+	/* ready: data; ready_ranges: trims and zeroes, which do not wait for log space */
+	struct link mutations, ready, ready_ranges, appends, held, syncs;
+	struct volume_share share;
 	uint32_t appends_inflight;
 	struct tombstones tombstones;
 	uint64_t release_generation;  /* moves when the log or a tombstone stops covering blocks */
@@ -226,6 +229,7 @@ struct volume {
 	int error;
 	uint32_t connections, fetch_count, ahead_count, fills_inflight;
 	struct stream streams[STREAMS_MAX];
+	uint64_t buffer_bytes;        /* of its mutations and reads */
 	/* destage */
 	uint32_t cut_segment;
 	/* where the record with this first sequence starts */
@@ -237,6 +241,7 @@ struct volume {
 	uint64_t cut_max_bytes, cut_cookie;
 	struct age_sample ages[AGE_SAMPLES];
 	uint32_t age_first, age_count;
+	uint64_t age_gap_ns;          /* between samples */
 	struct mp_engine_volume counters;
 };
 
@@ -350,6 +355,8 @@ struct mp_engine {
 	struct index index;
 	uint64_t tombstone_count;     /* of all volumes */
 	uint64_t zeros_max;           /* index entries with address 0 */
+	uint64_t unmet_segments;      /* of minimums, not yet held */
+	bool shares_stale, release_pressed;
 	struct ledger ledger;
 	struct mp_slots *slots;
 	struct mp_buffers *buffers;
@@ -406,14 +413,30 @@ static inline bool fault(const struct mp_engine *engine, uint64_t which)
 	return (engine->options.test_faults & which) != 0;
 }
 
+/* Memory for a request of this volume, counted at it; engine->buffers. */
+static inline void *volume_buffer(struct volume *volume, uint64_t bytes)
+{
+	void *buffer = mp_buffers_get(volume->engine->buffers, bytes);
+
+	volume->buffer_bytes += buffer ? bytes : 0;
+	return buffer;
+}
+static inline void volume_buffer_put(struct volume *volume, void *buffer, uint64_t bytes)
+{
+	volume->buffer_bytes -= bytes;
+	mp_buffers_put(volume->engine->buffers, buffer, bytes);
+}
+
 /* volumes.c */
 struct volume *volume_new(struct mp_engine *engine, const uint8_t *id, uint32_t number);
 struct volume *volume_by_id(struct mp_engine *engine, const uint8_t *id);
 int volume_open(struct mp_engine *engine, const struct command *command);
 int volume_close(struct mp_engine *engine, const struct command *command);
 void volume_grow(struct mp_engine *engine, const struct command *command);
+void volume_configure(struct mp_engine *engine, const struct command *command);
 void volume_free(struct volume *volume);
 bool volume_is_idle(const struct volume *volume);
+uint64_t volume_age_ns(const struct volume *volume); /* of its oldest undestaged write; 0: none */
 
 /* mailbox.c */
 void commands_run(struct mp_engine *engine);
@@ -477,7 +500,8 @@ void log_index_extent(struct volume *volume, const struct mp_extent *extent, uin
 
 void append_finish(struct append *append);
 void append_place(struct append *append);
-bool log_make_room(struct volume *volume, uint64_t bytes, bool reserve_allowed);
+bool log_make_room(struct volume *volume, uint64_t bytes, bool is_data);
+void fail_waiting(struct volume *volume); /* engine.c: EIO to what waits for the log */
 struct position log_applied_position(const struct volume *volume);
 
 /* rescue.c */

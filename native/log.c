@@ -16,14 +16,13 @@
  * it was built; when nothing follows a sync for SYNCED_RECORD_DELAY_NS, a record without extents
  * tells it. A record that does not verify below such a point is corruption, not an end.
  *
- * Failure modes: no free segment: mutations wait in ready, holding no log space (the guest stalls).
+ * Failure modes: no free segment, or none of its share: data waits in ready, holding no log space
+ * (shares.c; the guest is slowed before it stalls). Trims and zeroes of ranges go past it: nothing
+ * in ready overlaps, and they have room of their own.
  * A failed write: nothing is acknowledged until all since the last good sync is written elsewhere
  * and synced (rescue.c).
  */
 #include "engine_internal.h"
-
-/* Data may not take the last segments: trims, zeroes and tellings of a sync must always fit. */
-enum { SEGMENTS_RESERVED = 2 };
 
 uint64_t segment_offset_bytes(const struct mp_engine *engine, uint32_t segment)
 {
@@ -39,12 +38,14 @@ uint32_t segment_of_address(const struct mp_engine *engine, uint32_t address)
 	return (uint32_t)(offset / engine->super.log_segment_bytes);
 }
 
-static bool take_segment(struct volume *volume, bool reserve_allowed)
+static bool take_segment(struct volume *volume, bool is_data)
 {
 	struct mp_engine *engine = volume->engine;
 	uint32_t i, at;
 
-	if (engine->segments_free <= (reserve_allowed ? 0U : SEGMENTS_RESERVED)) {
+	if (is_data && !share_allows_segment(volume))
+		return false;
+	if (engine->segments_free == 0) {
 		engine->checkpoint.wanted |= engine->segments_waiting > 0;
 		return false;
 	}
@@ -66,17 +67,23 @@ static bool take_segment(struct volume *volume, bool reserve_allowed)
 		engine->segments[volume->head_segment].next = at;
 	volume->head_segment = at;
 	volume->head_offset_bytes = 0;
+	shares_update(engine);
 	return true;
 }
 
-bool log_make_room(struct volume *volume, uint64_t bytes, bool reserve_allowed)
+bool log_make_room(struct volume *volume, uint64_t bytes, bool is_data)
 {
 	const struct mp_engine *engine = volume->engine;
+	uint64_t room = volume->head_segment == NO_SEGMENT
+				? 0
+				: engine->super.log_segment_bytes - volume->head_offset_bytes;
 
-	if (volume->head_segment != NO_SEGMENT &&
-	    volume->head_offset_bytes + bytes <= engine->super.log_segment_bytes)
+	if (bytes + (is_data ? RANGE_ROOM_BYTES : 0) <= room)
 		return true;
-	return take_segment(volume, reserve_allowed);
+	/* The end of a share's last segment is for trims and tellings. */
+	if (is_data && bytes <= room)
+		return share_allows_segment(volume);
+	return take_segment(volume, is_data);
 }
 
 static void extent_init(struct mp_extent *extent, const struct mutation *mutation, uint64_t block,
@@ -230,8 +237,8 @@ static void append_free(struct append *append)
 
 /* How many of the ready mutations go into the next record; bounds on what they need, before
  * building. */
-static uint32_t measure(const struct volume *volume, uint64_t *extents, uint64_t *bytes, bool *data,
-			struct needs *needs)
+static uint32_t measure(const struct volume *volume, const struct link *queue, uint64_t most_bytes,
+			uint64_t *extents, uint64_t *bytes, struct needs *needs)
 {
 	/* A quarter, so that what blocks the next record is enough to make releases wanted. */
 	uint64_t zeros_max = volume->engine->zeros_max / 4;
@@ -241,8 +248,7 @@ static uint32_t measure(const struct volume *volume, uint64_t *extents, uint64_t
 	zeros_max = zeros_max < APPEND_ZEROS_MAX ? zeros_max : APPEND_ZEROS_MAX;
 	*extents = *bytes = 0;
 	*needs = (struct needs){0, 0};
-	*data = false;
-	for (link = volume->ready.next; link != &volume->ready; link = link->next) {
+	for (link = queue->next; link != queue; link = link->next) {
 		const struct mutation *mutation = CONTAINER(link, struct mutation, in_queue);
 		bool is_data = mutation->kind == MUTATION_DATA;
 		uint64_t more = is_data ? mutation->block_count : 1;
@@ -250,13 +256,12 @@ static uint32_t measure(const struct volume *volume, uint64_t *extents, uint64_t
 		struct needs its = needs_of_mutation(mutation);
 
 		if (count && (*extents + more > APPEND_EXTENTS_MAX ||
-			      *bytes + payload > APPEND_BYTES_MAX ||
+			      *bytes + payload > most_bytes ||
 			      needs->zeros + its.zeros > zeros_max))
 			break;
 		needs_add(needs, its);
 		*extents += more;
 		*bytes += payload;
-		*data |= is_data;
 		count++;
 	}
 	return count;
@@ -271,7 +276,8 @@ static void ack_early(struct mutation *mutation)
 		request_slice_done(request);
 }
 
-static bool append_next(struct volume *volume)
+/* The next record, of data or of ranges, from what waits in queue. */
+static bool append_next(struct volume *volume, struct link *queue)
 {
 	struct mp_engine *engine = volume->engine;
 	uint64_t extents, bytes, table_bytes;
@@ -279,12 +285,13 @@ static bool append_next(struct volume *volume)
 	struct mp_extent *table;
 	struct append *append;
 	struct needs needs;
-	bool data;
+	bool is_data = queue == &volume->ready;
 
-	count = measure(volume, &extents, &bytes, &data, &needs);
+	count = measure(volume, queue, is_data ? share_record_bytes(volume) : APPEND_BYTES_MAX,
+			&extents, &bytes, &needs);
 	table_bytes = MP_RECORD_HEADER_BYTES + extents * MP_EXTENT_BYTES + MP_BLOCK_BYTES;
 	if (!ledger_allows(engine, needs) ||
-	    !log_make_room(volume, bytes + table_bytes, !data))
+	    !log_make_room(volume, bytes + table_bytes, is_data))
 		return false;
 	append = append_new(volume, extents);
 	if (!append)
@@ -293,7 +300,7 @@ static bool append_next(struct volume *volume)
 	append->first_sequence = volume->last_sequence + 1;
 	while (count--) {
 		struct mutation *mutation =
-			CONTAINER(volume->ready.next, struct mutation, in_queue);
+			CONTAINER(queue->next, struct mutation, in_queue);
 		list_remove(&mutation->in_queue);
 		list_append(&append->mutations, &mutation->in_queue);
 		mutation->sequence = ++volume->last_sequence;
@@ -309,7 +316,17 @@ static bool append_next(struct volume *volume)
 	append->header_bytes = (bytes + MP_BLOCK_BYTES - 1) / MP_BLOCK_BYTES * MP_BLOCK_BYTES;
 	append_fill(append, used, MP_RECORD_LOG);
 	append_submit(append);
+	if (is_data)
+		share_charge(volume, append->header_bytes + append->payload_bytes);
 	return true;
+}
+
+static void append_queue(struct volume *volume, struct link *queue)
+{
+	while (!list_is_empty(queue) && volume->appends_inflight < APPENDS_MAX &&
+	       (queue != &volume->ready || share_admits(volume)))
+		if (!append_next(volume, queue))
+			break;
 }
 
 void log_append_ready(struct mp_engine *engine)
@@ -318,15 +335,19 @@ void log_append_ready(struct mp_engine *engine)
 
 	if (engine->failed || engine->rescue.stage)
 		return;
+	if (engine->shares_stale)
+		shares_update(engine);
 	/* In turn: where log space is short, it is not always the same who gets it. */
 	engine->append_turn++;
 	for (i = 0; i < engine->volume_count; i++) {
 		uint32_t at = (engine->append_turn + i) % engine->volume_count;
 		struct volume *volume = engine->volumes[at];
-		while (volume && !list_is_empty(&volume->ready) &&
-		       volume->appends_inflight < APPENDS_MAX)
-			if (!append_next(volume))
-				break;
+		if (!volume)
+			continue;
+		if (volume->failed)
+			fail_waiting(volume); /* it may wait for a share that never comes */
+		append_queue(volume, &volume->ready_ranges);
+		append_queue(volume, &volume->ready);
 	}
 }
 
@@ -334,7 +355,7 @@ void log_synced_record(struct volume *volume)
 {
 	struct append *append;
 
-	if (!log_make_room(volume, MP_BLOCK_BYTES, true))
+	if (!log_make_room(volume, MP_BLOCK_BYTES, false))
 		return;
 	append = append_new(volume, 0);
 	if (!append)
@@ -344,15 +365,29 @@ void log_synced_record(struct volume *volume)
 	append_submit(append);
 }
 
+/* Every other sample, twice as far apart: ages stay right to a hundredth of what they span. */
+static void thin_ages(struct volume *volume)
+{
+	uint32_t i;
+
+	for (i = 0; i < AGE_SAMPLES / 2; i++)
+		volume->ages[(volume->age_first + i) % AGE_SAMPLES] =
+			volume->ages[(volume->age_first + 2 * i) % AGE_SAMPLES];
+	volume->age_count = AGE_SAMPLES / 2;
+	volume->age_gap_ns *= 2;
+}
+
 static void note_age(struct volume *volume, uint64_t sequence)
 {
 	uint64_t now = volume->engine->now_ns;
 	uint32_t last = (volume->age_first + volume->age_count - 1) % AGE_SAMPLES;
 
-	if (volume->age_count && now - volume->ages[last].time_ns < AGE_RESOLUTION_NS)
+	if (!volume->age_count)
+		volume->age_gap_ns = AGE_RESOLUTION_NS;
+	else if (now - volume->ages[last].time_ns < volume->age_gap_ns)
 		return;
 	if (volume->age_count == AGE_SAMPLES)
-		return; /* the oldest are the ones that tell the age */
+		thin_ages(volume);
 	volume->ages[(volume->age_first + volume->age_count++) % AGE_SAMPLES] =
 		(struct age_sample){.sequence = sequence, .time_ns = now};
 }

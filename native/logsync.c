@@ -130,10 +130,11 @@ static bool wants_synced_record(const struct volume *volume)
 	return !engine->failed && !engine->rescue.stage && !volume->failed &&
 	       volume->synced_sequence > volume->logged_synced_sequence &&
 	       volume->synced_sequence > volume->destaged_sequence &&
-	       volume->appends_inflight == 0 && list_is_empty(&volume->ready);
+	       volume->appends_inflight == 0;
 }
 
-/* When the next record that tells of a sync is due; UINT64_MAX: none. Writes those that are. */
+/* When the next record that tells of a sync is due, or a slowed guest's next data; UINT64_MAX:
+ * none. Writes the tellings that are due. */
 uint64_t log_next_timer_ns(const struct mp_engine *engine)
 {
 	uint64_t next = UINT64_MAX;
@@ -143,7 +144,11 @@ uint64_t log_next_timer_ns(const struct mp_engine *engine)
 		struct volume *volume = engine->volumes[i];
 		uint64_t due;
 
-		if (!volume || !wants_synced_record(volume))
+		if (!volume)
+			continue;
+		due = share_timer_ns(volume);
+		next = due < next ? due : next;
+		if (!wants_synced_record(volume))
 			continue;
 		due = volume->synced_at_ns + SYNCED_RECORD_DELAY_NS;
 		if (due > engine->now_ns)

@@ -10,7 +10,7 @@
 
 enum { COMMAND_OPEN, COMMAND_CLOSE, COMMAND_CONNECT, COMMAND_DISCONNECT, COMMAND_DIRTY, COMMAND_CUT,
 	COMMAND_DESTAGED, COMMAND_FETCH_OPEN, COMMAND_FETCH_CLOSE, COMMAND_GROW,
-	COMMAND_POSITION, COMMAND_STOP };
+	COMMAND_POSITION, COMMAND_CONFIGURE, COMMAND_STOP };
 
 static void reply(struct mp_engine *engine, const struct command *command, uint32_t type,
 		  int status)
@@ -125,6 +125,9 @@ static void execute(struct mp_engine *engine, const struct command *command)
 		break;
 	case COMMAND_CLOSE:
 		reply(engine, command, MP_EVENT_CLOSED, volume_close(engine, command));
+		break;
+	case COMMAND_CONFIGURE:
+		volume_configure(engine, command);
 		break;
 	case COMMAND_CONNECT:
 		do_connect(engine, command);
@@ -241,6 +244,12 @@ int mp_engine_open_volume(struct mp_engine *engine, const uint8_t *id, uint64_t 
 	command->store = store;
 	command->cookie = cookie;
 	return post(engine, command);
+}
+
+int mp_engine_configure_volume(struct mp_engine *engine, const uint8_t *id,
+			       const struct mp_volume_shares *shares)
+{
+	return post(engine, command_new(COMMAND_CONFIGURE, id, shares, sizeof *shares));
 }
 
 int mp_engine_close_volume(struct mp_engine *engine, const uint8_t *id, int forget_slots,

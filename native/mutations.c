@@ -32,7 +32,7 @@ struct mutation *mutation_new(struct volume *volume, enum mutation_kind kind, ui
 		return mutation;
 	assert(mutation->block_count <= SLICE_BLOCKS);
 	mutation->buffer_bytes = mutation->block_count * MP_BLOCK_BYTES;
-	mutation->buffer = mp_buffers_get(volume->engine->buffers, mutation->buffer_bytes);
+	mutation->buffer = volume_buffer(volume, mutation->buffer_bytes);
 	if (!mutation->buffer) {
 		free(mutation);
 		return NULL;
@@ -43,8 +43,7 @@ struct mutation *mutation_new(struct volume *volume, enum mutation_kind kind, ui
 void mutation_free(struct mutation *mutation)
 {
 	if (mutation->buffer)
-		mp_buffers_put(mutation->volume->engine->buffers, mutation->buffer,
-			       mutation->buffer_bytes);
+		volume_buffer_put(mutation->volume, mutation->buffer, mutation->buffer_bytes);
 	free(mutation);
 }
 
@@ -81,7 +80,9 @@ static void ready(struct mutation *mutation)
 							    MP_BLOCK_BYTES);
 		}
 	mutation->state = MUTATION_READY;
-	list_append(&mutation->volume->ready, &mutation->in_queue);
+	list_append(mutation->kind == MUTATION_DATA ? &mutation->volume->ready
+						    : &mutation->volume->ready_ranges,
+		    &mutation->in_queue);
 }
 
 static bool read_base(struct mutation *mutation, uint64_t block)
@@ -206,7 +207,7 @@ static void finish(struct mutation *mutation)
 	bool followed = leave(mutation);
 
 	if (mutation->buffer) {
-		mp_buffers_put(volume->engine->buffers, mutation->buffer, mutation->buffer_bytes);
+		volume_buffer_put(volume, mutation->buffer, mutation->buffer_bytes);
 		mutation->buffer = NULL;
 	}
 	if (!volume->dirty_recorded && !fault(volume->engine, MP_FAULT_ACK_BEFORE_DIRTY) &&

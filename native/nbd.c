@@ -21,9 +21,21 @@ enum { RECEIVES_PER_TURN = 8,
 
 /* ---- receiving ---- */
 
-/* Guests share the buffers. Whatever clients that do not read their replies hold, a connection that
- * holds nothing gets one slice out of the reserve, and a large request alone in the engine is
- * always served. */
+/* Guests share the buffers: a volume may hold as much as it leaves free, so one alone gets half,
+ * and however many are stuck, there is something left for the next. What a slowed guest writes may
+ * hold a quarter of that: it would only wait there. */
+static bool is_fair(const struct connection *connection, uint64_t used, uint64_t bytes)
+{
+	const struct volume *volume = connection->volume;
+	uint64_t part = connection->writing && share_is_slowed(volume) ? SLOWED_BUFFER_PARTS : 1;
+
+	return volume->buffer_bytes * part + used + bytes <=
+	       connection->engine->options.buffer_bytes;
+}
+
+/* Whatever stuck volumes and clients that do not read their replies hold, a connection that holds
+ * nothing gets one slice out of the reserve, and a large request alone in the engine is always
+ * served. */
 static bool buffers_allow(const struct connection *connection, uint64_t bytes)
 {
 	const struct mp_engine *engine = connection->engine;
@@ -32,7 +44,7 @@ static bool buffers_allow(const struct connection *connection, uint64_t bytes)
 	bool holds_nothing = connection->inflight <= own &&
 			     (!own || connection->writing->pending == 1);
 
-	if (used + bytes <= engine->options.buffer_bytes)
+	if (is_fair(connection, used, bytes))
 		return connection->reading_bytes + bytes <= CONNECTION_BYTES_MAX;
 	return holds_nothing &&
 	       (engine->counters.inflight_requests <= own ||

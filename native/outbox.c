@@ -112,7 +112,10 @@ void volume_publish(const struct volume *volume, struct mp_engine_volume *out)
 		if (at == volume->cut_segment && volume->cut_offset_bytes <= used)
 			out->dirty_bytes -= volume->cut_offset_bytes;
 	}
-	out->oldest_dirty_ns = 0;
-	if (volume->age_count && volume->applied_sequence > volume->destaged_sequence)
-		out->oldest_dirty_ns = engine->now_ns - volume->ages[volume->age_first].time_ns;
+	out->oldest_dirty_ns = volume_age_ns(volume);
+	out->slots_held = mp_slots_held(engine->slots, volume->origin);
+	out->log_share_bytes = share_limit_bytes(volume);
+	out->slowed_bytes_per_s = share_rate_bytes_per_s(volume);
+	if (volume->share.starved && !list_is_empty(&volume->ready))
+		out->slowed_bytes_per_s = 0;
 }

@@ -22,7 +22,7 @@ struct read *read_new(struct volume *volume, uint64_t first_block, uint32_t bloc
 	read->first_block = first_block;
 	read->block_count = block_count;
 	read->buffer_bytes = (uint64_t)block_count * MP_BLOCK_BYTES;
-	read->buffer = mp_buffers_get(volume->engine->buffers, read->buffer_bytes);
+	read->buffer = volume_buffer(volume, read->buffer_bytes);
 	if (!read->buffer) {
 		free(read);
 		return NULL;
@@ -36,7 +36,7 @@ void read_release(struct read *read)
 {
 	if (!read->finished || read->fills || read->pending || read->request || read->mutation)
 		return;
-	mp_buffers_put(read->volume->engine->buffers, read->buffer, read->buffer_bytes);
+	volume_buffer_put(read->volume, read->buffer, read->buffer_bytes);
 	free(read);
 }
 

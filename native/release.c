@@ -45,7 +45,8 @@ static bool is_releasable(const struct volume *volume)
 	/* A head too, when nothing is under way to it: or idle volumes would hold a segment each,
 	 * for ever. */
 	if (tail == volume->head_segment &&
-	    (volume->appends_inflight || !list_is_empty(&volume->ready)))
+	    (volume->appends_inflight ||
+	     (!list_is_empty(&volume->ready) && !volume->share.starved)))
 		return false;
 	if (end_sequence(engine, volume) > volume->destaged_sequence + 1)
 		return false;
@@ -62,7 +63,8 @@ bool release_wanted(const struct mp_engine *engine)
 {
 	uint64_t ready = engine->segments_free + engine->segments_waiting;
 
-	return ready < engine->segment_count / 2 || engine->index.zeros > engine->zeros_max / 2;
+	return ready < engine->segment_count / 2 + engine->unmet_segments / 2 ||
+	       engine->release_pressed || engine->index.zeros > engine->zeros_max / 2;
 }
 
 static struct volume *choose(const struct mp_engine *engine)
@@ -355,6 +357,7 @@ static void finish(struct mp_engine *engine)
 	if (volume->cut_segment == at)
 		volume->cut_segment = NO_SEGMENT;
 	volume->release_generation++;
+	engine->shares_stale = true;
 	segment->state = SEGMENT_WAITING;
 	segment->next = NO_SEGMENT;
 	segment->released_serial = engine->checkpoint.serial;

@@ -83,7 +83,7 @@ static int allocate(struct mp_slots *slots, uint64_t seed)
 		slots->visits = calloc(VISITS, sizeof(*slots->visits));
 	if (slots->table == NULL || slots->checksums == NULL || slots->restored == NULL ||
 	    slots->heads == NULL || slots->window == NULL || slots->sketch == NULL ||
-	    (slot_blocks > 1 && slots->visits == NULL))
+	    slots_owners_new(slots) < 0 || (slot_blocks > 1 && slots->visits == NULL))
 		return -ENOMEM;
 	memset(slots->heads, 0xff, head_count * sizeof(*slots->heads));
 	return 0;
@@ -125,6 +125,7 @@ void mp_slots_free(struct mp_slots *slots)
 	free(slots->heads);
 	free(slots->window);
 	free(slots->visits);
+	free(slots->owners);
 	mp_sketch_free(slots->sketch);
 	free(slots);
 }
@@ -150,6 +151,7 @@ void slots_occupy(struct mp_slots *slots, uint32_t index, uint64_t key)
 	slot_flag(slot, SLOT_USED, 1);
 	*head = index;
 	slots->counters.used_slots++;
+	slots_owner(slots, (uint32_t)(key >> KEY_UNIT_BITS))->slots++;
 }
 
 void slots_set_restored(struct mp_slots *slots, uint64_t at, int on)
@@ -179,6 +181,7 @@ void slots_vacate(struct mp_slots *slots, uint32_t index)
 		slots->checksums[at] = FILL_IDLE;
 		slots_set_restored(slots, at, 0);
 	}
+	slots_owner(slots, (uint32_t)(slot->key >> KEY_UNIT_BITS))->slots--;
 	*slot = (struct slot){ .next = SLOT_NONE };
 	slots->counters.used_slots--;
 }
@@ -291,6 +294,13 @@ unsigned int mp_slots_frequency(const struct mp_slots *slots, uint32_t origin, u
 	return mp_sketch_estimate(slots->sketch, key_of(slots, origin, block));
 }
 
+static int is_at_most(struct mp_slots *slots, uint32_t origin)
+{
+	const struct owner *owner = slots_owner(slots, origin);
+
+	return owner->slots >= owner->most_slots;
+}
+
 int64_t mp_slots_reserve(struct mp_slots *slots, uint32_t origin, uint64_t block)
 {
 	uint64_t key = key_of(slots, origin, block);
@@ -300,9 +310,13 @@ int64_t mp_slots_reserve(struct mp_slots *slots, uint32_t origin, uint64_t block
 		return -1;
 	if (index != SLOT_NONE)
 		return claim(slots, index, place_of(slots, block));
-	index = slots_take_free(slots);
-	if (index == SLOT_NONE)
-		index = slots_evict(slots);
+	if (is_at_most(slots, origin)) {
+		index = slots_evict_own(slots, origin);
+	} else {
+		index = slots_take_free(slots);
+		if (index == SLOT_NONE)
+			index = slots_evict(slots, origin);
+	}
 	if (index == SLOT_NONE) {
 		slots->counters.rejected++;
 		return -1;
@@ -461,6 +475,7 @@ uint64_t mp_slots_memory_bytes(const struct mp_slots *slots)
 	       slots_restored_bytes(count, slots->slot_blocks) +
 	       (slots->head_mask + 1ULL) * sizeof(*slots->heads) +
 	       slots->window_size * sizeof(*slots->window) +
+	       (slots->owner_mask + 1ULL) * sizeof(*slots->owners) +
 	       (slots->visits != NULL ? VISITS * sizeof(struct visit) : 0) +
 	       mp_sketch_memory_bytes(slots->sketch);
 }

@@ -58,6 +58,11 @@ uint64_t mp_slots_sweep(struct mp_slots *slots, uint32_t origin, uint64_t first_
 uint64_t mp_slots_entry_bytes(const struct mp_slots *slots);
 void mp_slots_save(const struct mp_slots *slots, uint64_t first, uint64_t count, void *out);
 void mp_slots_load(struct mp_slots *slots, uint64_t first, uint64_t count, const void *in);
+/* Slots that others cannot take from this origin, and most that it may hold (UINT32_MAX: any). For
+ * the smaller maximum the next fills are refused until its own slots made room. */
+void mp_slots_share(struct mp_slots *slots, uint32_t origin, uint32_t least_slots,
+		    uint32_t most_slots);
+uint64_t mp_slots_held(struct mp_slots *slots, uint32_t origin); /* by this origin */
 void mp_slots_counters(const struct mp_slots *slots, struct mp_slots_counters *out);
 uint64_t mp_slots_memory_bytes(const struct mp_slots *slots);
 /* cdef: end */

@@ -43,8 +43,9 @@ void slots_enter_window(struct mp_slots *slots, uint32_t index)
 	push_window(slots, index);
 }
 
-/* The oldest of a full window that can go. SLOT_NONE and *is_full 0: there is room for one more. */
-static uint32_t window_candidate(struct mp_slots *slots, int *is_full)
+/* The oldest of a full window that can go. SLOT_NONE and *is_full 0: there is room for one more.
+ * What a minimum protects leaves the window without a duel. */
+static uint32_t window_candidate(struct mp_slots *slots, uint32_t origin, int *is_full)
 {
 	for (unsigned int look = 0; look < WINDOW_LOOKS; look++) {
 		uint32_t index;
@@ -56,6 +57,10 @@ static uint32_t window_candidate(struct mp_slots *slots, int *is_full)
 		slots->counters.looks++;
 		if (!slot_is(&slots->table[index], SLOT_WINDOW))
 			continue;
+		if (slots_is_protected(slots, index, origin)) {
+			slot_flag(&slots->table[index], SLOT_WINDOW, 0);
+			continue;
+		}
 		if (slots->table[index].pins == 0)
 			return index;
 		push_window(slots, index);
@@ -65,7 +70,7 @@ static uint32_t window_candidate(struct mp_slots *slots, int *is_full)
 
 /* The first slot outside the window without heat and pins; else the coolest seen. Each look
  * cools by one. */
-static uint32_t clock_victim(struct mp_slots *slots)
+static uint32_t clock_victim(struct mp_slots *slots, uint32_t origin)
 {
 	uint32_t coolest = SLOT_NONE;
 	unsigned int coolest_heat = HEAT_MAX + 1;
@@ -77,7 +82,8 @@ static uint32_t clock_victim(struct mp_slots *slots)
 
 		slots->hand = index + 1 == slots->slot_count ? 0 : index + 1;
 		slots->counters.looks++;
-		if (!slot_is(slot, SLOT_USED) || slot_is(slot, SLOT_WINDOW) || slot->pins > 0)
+		if (!slot_is(slot, SLOT_USED) || slot_is(slot, SLOT_WINDOW) || slot->pins > 0 ||
+		    slots_is_protected(slots, index, origin))
 			continue;
 		if (heat == 0)
 			return index;
@@ -96,14 +102,14 @@ static int candidate_wins(struct mp_slots *slots, uint32_t candidate, uint32_t v
 		       mp_sketch_estimate(slots->sketch, slots->table[victim].key), &slots->random);
 }
 
-uint32_t slots_evict(struct mp_slots *slots)
+uint32_t slots_evict(struct mp_slots *slots, uint32_t origin)
 {
 	int is_full = 0;
-	uint32_t candidate = window_candidate(slots, &is_full);
+	uint32_t candidate = window_candidate(slots, origin, &is_full);
 	uint32_t victim = SLOT_NONE;
 
 	if (candidate != SLOT_NONE || !is_full)
-		victim = clock_victim(slots);
+		victim = clock_victim(slots, origin);
 	if (candidate != SLOT_NONE) {
 		/* Either way it has left the ring. */
 		slot_flag(&slots->table[candidate], SLOT_WINDOW, 0);
@@ -115,4 +121,36 @@ uint32_t slots_evict(struct mp_slots *slots)
 	slots_vacate(slots, victim);
 	slots->counters.evictions++;
 	return victim;
+}
+
+/* An origin at its maximum makes room among its own: a clock of its own that passes over, and does
+ * not cool, what others hold. Where it meets none within its looks, the newcomer is not admitted:
+ * the smaller a share, the more it takes to get in. */
+uint32_t slots_evict_own(struct mp_slots *slots, uint32_t origin)
+{
+	struct owner *owner = slots_owner(slots, origin);
+	uint32_t coolest = SLOT_NONE;
+	unsigned int coolest_heat = HEAT_MAX + 1;
+
+	for (unsigned int look = 0; look < CLOCK_LOOKS && coolest_heat > 0; look++) {
+		uint32_t index = owner->hand;
+		struct slot *slot = &slots->table[index];
+
+		owner->hand = index + 1 >= slots->fresh ? 0 : index + 1;
+		slots->counters.looks++;
+		if (!slot_is(slot, SLOT_USED) || slot->pins > 0 ||
+		    slot->key >> KEY_UNIT_BITS != origin)
+			continue;
+		if (slot_heat(slot) < coolest_heat) {
+			coolest_heat = slot_heat(slot);
+			coolest = index;
+		}
+		if (slot_heat(slot) > 0)
+			slot->heat_flags--;
+	}
+	if (coolest == SLOT_NONE)
+		return SLOT_NONE;
+	slots_vacate(slots, coolest);
+	slots->counters.evictions++;
+	return coolest;
 }

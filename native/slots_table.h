@@ -33,6 +33,13 @@ _Static_assert(sizeof(struct slot) == 16, "slot");
 
 struct visit { uint64_t key; uint64_t touched; };
 
+/* What an origin holds, and may hold (slots_share.c). */
+struct owner {
+	uint32_t origin, is_used;
+	uint32_t slots, least_slots, most_slots;
+	uint32_t hand;       /* where it looks for a slot of its own */
+};
+
 struct mp_slots {
 	struct slot *table;
 	uint32_t *heads;         /* of the hash chains; a power of two, at most one per slot */
@@ -48,6 +55,9 @@ struct mp_slots {
 	uint32_t free_head;
 	uint32_t hand;
 	uint32_t window_size, window_head, window_used;
+	struct owner *owners;    /* by a hash of the origin */
+	uint32_t owner_mask, owners_used;
+	uint32_t minimums;       /* origins that have one */
 	struct mp_slots_counters counters;
 };
 
@@ -93,8 +103,16 @@ uint32_t slots_take_free(struct mp_slots *slots);           /* SLOT_NONE: all ar
 void slots_skip_fresh(struct mp_slots *slots, uint32_t first); /* fresh ones before: free list */
 void slots_set_restored(struct mp_slots *slots, uint64_t at, int on); /* at: of its checksum */
 
+/* slots_share.c */
+int slots_owners_new(struct mp_slots *slots); /* -1: no memory */
+struct owner *slots_owner(struct mp_slots *slots, uint32_t origin); /* valid until the next call */
+/* Does a minimum keep this slot from being taken for a key of from_origin? */
+int slots_is_protected(struct mp_slots *slots, uint32_t index, uint32_t from_origin);
+
 /* slots_evict.c */
-uint32_t slots_evict(struct mp_slots *slots); /* a vacated slot, or SLOT_NONE */
+/* A vacated slot for a key of this origin, or SLOT_NONE. */
+uint32_t slots_evict(struct mp_slots *slots, uint32_t origin);
+uint32_t slots_evict_own(struct mp_slots *slots, uint32_t origin); /* one that origin holds */
 void slots_enter_window(struct mp_slots *slots, uint32_t index);
 
 #endif

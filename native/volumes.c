@@ -33,6 +33,7 @@ struct volume *volume_new(struct mp_engine *engine, const uint8_t *id, uint32_t 
 	volume->doomed_segment = NO_SEGMENT;
 	list_init(&volume->mutations);
 	list_init(&volume->ready);
+	list_init(&volume->ready_ranges);
 	list_init(&volume->appends);
 	list_init(&volume->held);
 	list_init(&volume->syncs);
@@ -112,6 +113,7 @@ static void volume_purge(struct volume *volume)
 	cut_reset(volume);
 	pthread_mutex_unlock(&engine->mutex);
 	volume->age_count = 0;
+	engine->shares_stale = true;
 }
 
 /* A chain that starts anew: its first record names a random predecessor, so that no old segment
@@ -154,6 +156,14 @@ static struct volume *volume_create(struct mp_engine *engine, const uint8_t *id)
 	return NULL;
 }
 
+/* What the slots hold under the old one is nobody's, and any new volume may take it. */
+static void volume_new_origin(struct volume *volume)
+{
+	mp_slots_share(volume->engine->slots, volume->origin, 0, UINT32_MAX);
+	volume->origin = volume->engine->next_origin++;
+	shares_of_slots(volume->engine);
+}
+
 static void opened(struct volume *volume, const struct command *command)
 {
 	struct mp_engine *engine = volume->engine;
@@ -182,6 +192,7 @@ static void opened(struct volume *volume, const struct command *command)
 	volume->open_cookie = command->cookie;
 	volume->open_serial = engine->checkpoint.serial + 1;
 	engine->checkpoint.wanted = true;
+	engine->shares_stale = true;
 }
 
 int volume_open(struct mp_engine *engine, const struct command *command)
@@ -215,7 +226,7 @@ int volume_open(struct mp_engine *engine, const struct command *command)
 	same = dirty || (at == volume->applied_sequence &&
 			 (command->flag || fault(engine, MP_FAULT_KEEP_STALE_SLOTS)));
 	if (!command->flag && !fault(engine, MP_FAULT_KEEP_STALE_SLOTS))
-		volume->origin = engine->next_origin++;
+		volume_new_origin(volume);
 	if (same) {
 		destaged(volume, at);
 		opened(volume, command);
@@ -247,9 +258,30 @@ int volume_close(struct mp_engine *engine, const struct command *command)
 		return -EBUSY;
 	volume->open = volume->dirty_recorded = volume->dirty_asked = false;
 	readahead_forget(engine, volume);
+	memset(&volume->share.set, 0, sizeof volume->share.set);
+	shares_of_slots(engine);
+	engine->shares_stale = true;
 	if (command->flag) {
 		volume_purge(volume);
 		volume_free(volume);
 	}
 	return 0;
+}
+
+uint64_t volume_age_ns(const struct volume *volume)
+{
+	if (!volume->age_count || volume->applied_sequence <= volume->destaged_sequence)
+		return 0;
+	return volume->engine->now_ns - volume->ages[volume->age_first].time_ns;
+}
+
+void volume_configure(struct mp_engine *engine, const struct command *command)
+{
+	struct volume *volume = volume_by_id(engine, command->volume);
+
+	if (!volume)
+		return;
+	memcpy(&volume->share.set, command->bytes, sizeof volume->share.set);
+	shares_of_slots(engine);
+	engine->shares_stale = true;
 }

@@ -268,6 +268,7 @@ class World:
         self._batch = None
         self._want_cut = self._cutting = self._clearing = self.need_dirty = False
         self.cache.die()
+        self._events.clear()
         self.guest.detach()
         self._promised = is_durable if self._loses_power["cache"] else is_acknowledged
 
@@ -429,9 +430,9 @@ class World:
         self.step()
         if self.guest.in_flight:
             self.guest.collect()
-        events, self._events = self._events, []
-        for event in (*events, *self.cache.engine.events()):
-            self._handle(event)
+        self._events += self.cache.engine.events()
+        while self._events:  # the store may fall under one: the others are heard all the same
+            self._handle(self._events.pop(0))
         if self.store.is_up:
             self._carry()
             if self.need_dirty:
