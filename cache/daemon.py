@@ -92,6 +92,7 @@ class CacheDaemon:
             tasks=self.tasks,
             host=self.host,
             volume_rates=config.volume_rates,
+            settings_of=config.settings_of,
             read_only=config.read_only,
             connected=self._connected,
             stores=self.stores,

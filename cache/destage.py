@@ -30,7 +30,7 @@ from millpond.cache import limits
 from millpond.cache.errors import StoreAway, VolumeFenced, VolumeRefused, escaped
 from millpond.cache.events import EngineEvents
 from millpond.cache.links import Identity, Stream
-from millpond.cache.shaping import Permit, Shaper
+from millpond.cache.shaping import Lateness, Permit, Shaper
 from millpond.cache.tasks import Backoff
 from millpond.native import ffi, lib
 from millpond.native.engine import Batch, Engine, VolumeStatus
@@ -107,6 +107,8 @@ class DestageStream(Stream):
         if len(frame) > shaper.largest_bytes:
             return await self._ship_sliced(frame, shaper)
         permit = await self._admit(len(frame), shaper)
+        # A store that hangs must not take the host's peak from volumes of other stores.
+        unanswered = asyncio.get_running_loop().call_later(limits.UNANSWERED_S, permit.finish)
         try:
             async with self._in_flight:
                 await self._nothing_sliced.wait()
@@ -114,6 +116,7 @@ class DestageStream(Stream):
                 self._write(frame)
                 return await self._answer(reply)
         finally:
+            unanswered.cancel()
             permit.finish()
 
     async def _admit(self, bytes_count: int, shaper: Shaper) -> Permit:
@@ -210,6 +213,7 @@ class VolumeDestage:
         events: EngineEvents,
         streams: Sequence[DestageStream],
         shaper: Shaper,
+        bound_s: float | None,
         on_drained: Callable[[], None],
     ) -> None:
         self.problem = ""  # why it does not get on, empty while it does
@@ -221,6 +225,7 @@ class VolumeDestage:
         self._events = events
         self._streams = tuple(streams)
         self._shaper = shaper
+        self._bound_s = bound_s
         self._on_drained = on_drained
         self._ready = asyncio.Event()
         self._hurry = asyncio.Event()
@@ -296,17 +301,31 @@ class VolumeDestage:
     async def _ask_to_cut(self) -> Batch:
         cookie = self._events.new_cookie()
         max_bytes = self._shaper.cut_bytes
+        found = find_volume(self._engine, self._id)
+        if found is not None:
+            part_bytes = found.log_share_bytes // limits.SHARE_PARTS
+            max_bytes = min(max_bytes, max(part_bytes, limits.BATCH_MIN_BYTES))
         return await self._events.ask(
             Batch,
             cookie,
             lambda: self._engine.cut(self._id, max_bytes=max_bytes, cookie=cookie),
         )
 
+    def _note_age(self) -> None:
+        """From when on the rates do not count."""
+        if self._bound_s is None:
+            return
+        found = find_volume(self._engine, self._id)
+        age_s = found.oldest_dirty_ns / 1e9 if found is not None else 0.0
+        now_s = asyncio.get_running_loop().time()
+        self._shaper.late = Lateness.of(age_s, self._bound_s, now_s)
+
     async def _ship(self, batch: Batch) -> bool:
         """Send until applied: True.  False: cut it again."""
         frame = self._engine.take_batch(self._id, batch.bytes_count)
         backoff = Backoff()
         while True:
+            self._note_age()
             try:
                 replies = [await stream.ship(frame, self._shaper) for stream in self._streams]
             except StoreAway as error:

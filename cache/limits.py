@@ -26,6 +26,15 @@ PEAK_WINDOW_S = 1.001
 AVERAGE_CAPACITY_S = 2.0
 TIMER_GRAIN_S = 0.001
 RATE_MIN_BYTES_PER_S = 64 * KIB
+# A volume with a bound passes its average rate from this part of the bound on, its peak rate from
+# that; early enough that a batch more does not exceed it.
+LATE_FOR_AVERAGE = 0.5
+LATE_FOR_PEAK = 0.75
+# Bytes that a store leaves unanswered for so long hold up no other volume's rates any more.
+UNANSWERED_S = 5.0
+# A batch is at most this part of the volume's share of the log: its guest, if slowed, feels no
+# jumps.
+SHARE_PARTS = 16
 
 # Links to stores.
 BACKOFF_FIRST_S = 0.05
@@ -71,6 +80,7 @@ assert BATCH_MIN_BYTES <= RATE_MIN_BYTES_PER_S
 assert AVERAGE_CAPACITY_S + 1.0 <= 0.05 * 60.0, "bucket and one batch within 5 % of a minute"
 assert LOG_MIN_BYTES % LOG_SEGMENT_BYTES == 0 and 2 * LOG_MIN_BYTES <= CACHE_MIN_BYTES
 assert RELEASE_IDLE_S <= DIRTY_IDLE_S
+assert 0 < LATE_FOR_AVERAGE <= LATE_FOR_PEAK < 1, "the bound is kept, not found exceeded"
 assert BACKOFF_FIRST_S <= BACKOFF_MAX_S <= CALL_TIMEOUT_S
 
 

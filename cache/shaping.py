@@ -11,6 +11,10 @@ Two promises, both checked by tests/cache/test_shaping.py on a virtual clock:
 * average: a token bucket that starts empty and holds two seconds' worth, so that over any minute
   the bytes stay within 5 % of the average while there is enough to send.
 
+A volume that is late (its oldest undestaged write comes near its bound) passes all the same: first
+without regard to the average, then to the peak, its own and the host's, and before those that are
+not late.  Its bytes are counted, so that the others make room for them.
+
 Happy path: `permit = await admission.admit(n)`, send, wait for the reply, `permit.finish()`.
 Failure modes: a permit that is never finished blocks the peak for ever: callers finish in
 `finally`.  n above `largest_bytes` can never pass: the caller splits (assert).
@@ -57,6 +61,27 @@ class RateLimits:
         return min(peak, average * limits.AVERAGE_CAPACITY_S)
 
 
+@dataclass(frozen=True, slots=True)
+class Lateness:
+    """From when on (loop time) a volume passes without regard to a rate."""
+
+    average_from_s: float = math.inf
+    peak_from_s: float = math.inf
+
+    @classmethod
+    def of(cls, age_s: float, bound_s: float | None, now_s: float) -> "Lateness":
+        """For a volume whose oldest undestaged write is so old now."""
+        if bound_s is None:
+            return ON_TIME
+        return cls(
+            now_s + limits.LATE_FOR_AVERAGE * bound_s - age_s,
+            now_s + limits.LATE_FOR_PEAK * bound_s - age_s,
+        )
+
+
+ON_TIME = Lateness()
+
+
 class Permit:
     """Bytes that were admitted; finish when the receiver has acknowledged them (or is gone)."""
 
@@ -85,16 +110,23 @@ class Rate:
         self._recent: deque[tuple[float, int]] = deque()  # (counts until, bytes), ascending
         self._recent_bytes = 0
 
-    def wait_s(self, bytes_count: int, now_s: float) -> float:
+    def wait_s(self, bytes_count: int, now_s: float, late: Lateness = ON_TIME) -> float:
         """How long until bytes_count may pass: 0 now, inf only after something finished."""
         assert 0 < bytes_count <= self.limits.largest_bytes, "split before asking"
-        return max(self._wait_average_s(bytes_count, now_s), self._wait_peak_s(bytes_count, now_s))
+        average_s = min(
+            self._wait_average_s(bytes_count, now_s), max(0.0, late.average_from_s - now_s)
+        )
+        peak_s = min(self._wait_peak_s(bytes_count, now_s), max(0.0, late.peak_from_s - now_s))
+        return max(average_s, peak_s)
 
     def take(self, bytes_count: int, now_s: float) -> None:
         """Admit; wait_s must have said 0 at this time."""
         self._fill(now_s)
-        if self.limits.average_bytes_per_s is not None:
-            self._tokens -= bytes_count
+        average = self.limits.average_bytes_per_s
+        if average is not None:
+            # What a late volume takes beyond its turn is owed by all, but not for ever.
+            least = -average * limits.AVERAGE_CAPACITY_S
+            self._tokens = max(self._tokens - bytes_count, least)
         self._in_flight_bytes += bytes_count
         self.passed_bytes += bytes_count
 
@@ -139,13 +171,22 @@ class Rate:
         return math.inf
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Waiting:
+    """One batch in the queue."""
+
+    bytes_count: int
+    turn: asyncio.Future[None]
+    late: Lateness
+
+
 class Admission:
     """A queue in front of a Rate: first come, first served, so volumes take turns."""
 
     def __init__(self, rate_limits: RateLimits) -> None:
         self._loop = asyncio.get_running_loop()
         self._rate = Rate(rate_limits, self._loop.time())
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._waiting: deque[_Waiting] = deque()
         self._timer: asyncio.TimerHandle | None = None
 
     @property
@@ -163,18 +204,19 @@ class Admission:
         """Bytes admitted since the start."""
         return self._rate.passed_bytes
 
-    async def reserve(self, bytes_count: int) -> None:
+    async def reserve(self, bytes_count: int, late: Lateness = ON_TIME) -> None:
         """Wait until bytes_count may pass, and count them; every reserve needs one finish."""
         turn: asyncio.Future[None] = self._loop.create_future()
-        self._waiting.append((bytes_count, turn))
+        waiting = _Waiting(bytes_count, turn, late)
+        self._waiting.append(waiting)
         self._advance()
         try:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
                 self.finish(bytes_count)  # it was our turn already: the bytes never left
-            elif (bytes_count, turn) in self._waiting:
-                self._waiting.remove((bytes_count, turn))
+            elif waiting in self._waiting:
+                self._waiting.remove(waiting)
                 self._advance()
             raise
 
@@ -184,26 +226,41 @@ class Admission:
         self._advance()
 
     def _advance(self) -> None:
-        """Admit from the head as long as it fits; else one timer for the head."""
+        """Admit who is next as long as it fits; else one timer for when that changes."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         while self._waiting:
-            bytes_count, turn = self._waiting[0]
-            if turn.cancelled():  # its task removes it; until then it must not block the others
-                self._waiting.popleft()
-                continue
             now_s = self._loop.time()
-            wait_s = self._rate.wait_s(bytes_count, now_s)
+            following = self._next(now_s)
+            if following.turn.cancelled():  # its task removes it; until then nobody waits for it
+                self._waiting.remove(following)
+                continue
+            wait_s = self._rate.wait_s(following.bytes_count, now_s, following.late)
             if wait_s > 0:
-                if not math.isinf(wait_s):
-                    # uvloop's timers have millisecond grain: sooner would spin on rounding.
-                    ready_at_s = now_s + max(wait_s, limits.TIMER_GRAIN_S)
-                    self._timer = self._loop.call_at(ready_at_s, self._advance)
+                self._wake_in(min(wait_s, self._next_late_s(now_s)), now_s)
                 return
-            self._rate.take(bytes_count, now_s)
-            self._waiting.popleft()
-            turn.set_result(None)
+            self._rate.take(following.bytes_count, now_s)
+            self._waiting.remove(following)
+            following.turn.set_result(None)
+
+    def _next(self, now_s: float) -> "_Waiting":
+        """Who is late comes first; else the head."""
+        for waiting in self._waiting:
+            if waiting.late.average_from_s <= now_s:
+                return waiting
+        return self._waiting[0]
+
+    def _next_late_s(self, now_s: float) -> float:
+        """How long until one more of those that wait is late."""
+        times = [waiting.late.average_from_s for waiting in self._waiting]
+        return min((at_s - now_s for at_s in times if at_s > now_s), default=math.inf)
+
+    def _wake_in(self, wait_s: float, now_s: float) -> None:
+        if not math.isinf(wait_s):
+            # uvloop's timers have millisecond grain: sooner would spin on rounding.
+            ready_at_s = now_s + max(wait_s, limits.TIMER_GRAIN_S)
+            self._timer = self._loop.call_at(ready_at_s, self._advance)
 
 
 class Shaper:
@@ -212,6 +269,12 @@ class Shaper:
     def __init__(self, volume: Admission, host: Admission) -> None:
         self._admissions = (volume, host)
         self.ignored = False  # the rates, while an operator flushes with --now
+        self.late = ON_TIME
+
+    @property
+    def volume_limits(self) -> RateLimits:
+        """The volume's own."""
+        return self._admissions[0].limits
 
     @property
     def cut_bytes(self) -> int:
@@ -230,7 +293,7 @@ class Shaper:
         granted: tuple[Admission, ...] = ()
         try:
             for admission in self._admissions:
-                await admission.reserve(bytes_count)
+                await admission.reserve(bytes_count, self.late)
                 granted = (*granted, admission)
         except asyncio.CancelledError:
             Permit(bytes_count, granted).finish()

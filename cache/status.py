@@ -4,15 +4,20 @@ Rules: keys are additive only; sizes are bytes, ages seconds, rates bytes per se
 waits for the engine; the store's counters are asked for with a short limit.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 from millpond.cache.control import Handler, Request
 from millpond.cache.daemon import CacheDaemon
 from millpond.cache.replicas import StoreNode, store_status
+from millpond.cache.settings import VolumeSettings
 from millpond.cache.shaping import Admission
 from millpond.cache.volumes import State, Volume
 from millpond.native.engine import VolumeStatus
+
+# Beyond it, a guest is not slowed: the engine's word for that is its largest number.
+SLOWED_MAX_BYTES_PER_S = 1 << 60
 
 
 def hit_rate(hits: int, misses: int) -> float | None:
@@ -79,6 +84,7 @@ def _volume(volume_id: bytes, volume: Volume | None, status: VolumeStatus | None
     """One volume: what the control plane decided, and what the engine counts."""
     record = volume.record if volume is not None else None
     destage = volume.destage if volume is not None else None
+    settings = volume.settings if volume is not None else VolumeSettings()
     answer: dict[str, Any] = {
         "id": volume_id.hex(),
         "name": record.name if record is not None else None,
@@ -92,6 +98,9 @@ def _volume(volume_id: bytes, volume: Volume | None, status: VolumeStatus | None
         "epoch": record.epoch if record is not None else None,
         "dirty_bytes": 0,
         "oldest_dirty_s": None,
+        "bound_s": settings.bound_s,
+        "bound": str(settings.bound) if settings.bound_s is not None else None,
+        "bound_exceeded": False,
     }
     if status is None:
         return answer
@@ -105,7 +114,11 @@ def _volume(volume_id: bytes, volume: Volume | None, status: VolumeStatus | None
         "last_sequence": status.last_sequence,
         "synced_sequence": status.synced_sequence,
         "destaged_sequence": status.destaged_sequence,
+        "bound_exceeded": (settings.bound_s or math.inf) * 1e9 < status.oldest_dirty_ns,
         "log_segments": status.log_segments,
+        "log_share_bytes": status.log_share_bytes,
+        "slowed_bytes_per_s": _slowed(status),
+        "slots_held": status.slots_held,
         "connections": status.connections,
         "reads": status.reads,
         "writes": status.writes,
@@ -119,6 +132,12 @@ def _volume(volume_id: bytes, volume: Volume | None, status: VolumeStatus | None
         "log_checksum_errors": status.log_checksum_errors,
         "engine_error": status.error or None,
     }
+
+
+def _slowed(status: VolumeStatus) -> int | None:
+    """What the guest may write now; None: anything."""
+    limit = status.slowed_bytes_per_s
+    return limit if limit <= SLOWED_MAX_BYTES_PER_S else None
 
 
 def _link_of(node: StoreNode) -> dict[str, Any]:

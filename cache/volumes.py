@@ -36,17 +36,12 @@ from millpond.cache.errors import (
 from millpond.cache.exports import Agreed
 from millpond.cache.positions import check_still_ours, first_sequence_of, slots_are_valid
 from millpond.cache.replicas import ReplicaSet, VolumeRecord
+from millpond.cache.settings import VolumeSettings
 from millpond.cache.shaping import Admission, Shaper
 from millpond.cache.stores import Found
 from millpond.cache.tasks import Backoff
 from millpond.cache.world import Opening, World
-from millpond.native.engine import (
-    Closed,
-    DirtyClear,
-    NativeError,
-    Opened,
-    Position,
-)
+from millpond.native.engine import Closed, DirtyClear, NativeError, Opened, Position
 
 log = logging.getLogger("millpond.cache")
 
@@ -71,6 +66,7 @@ class Volume:
         self.connections: set[int] = set()
         self.dirty_recorded = False
         self.destage: VolumeDestage | None = None
+        self.settings = VolumeSettings()
         self.shaper = Shaper(Admission(world.volume_rates), world.host)
         self._place: ReplicaSet | None = None
         self._world = world
@@ -319,11 +315,20 @@ class Volume:
         self.state = State.OPEN
         self.problem = ""
         self._engine_bytes = opening.record.size_bytes
+        self._apply_settings(opening.record.name)
         self._not_open.clear()
         self._drained = not opening.undestaged
         self._start_destage(opening.record.name)
         self._after_open(opening)
         self._arm_idle()
+
+    def _apply_settings(self, name: str) -> None:
+        """Shares, rates and bound, for as long as it is open."""
+        self.settings = self._world.settings_of(name)
+        rates = self._world.rates_of(self.settings)
+        if self.shaper.volume_limits != rates:
+            self.shaper = Shaper(Admission(rates), self._world.host)
+        self._world.engine.configure_volume(self.id, self.settings.shares)
 
     async def _open_at_stores(self) -> Opening:
         """Compare-and-swap epoch + 1, after making sure that the newest writes are known."""
@@ -420,6 +425,7 @@ class Volume:
             events=world.events,
             streams=self._replicas.destage,
             shaper=self.shaper,
+            bound_s=self.settings.rates_bound_s,
             on_drained=self._is_drained,
         )
         self._destage_task = world.tasks.spawn(self._ship(self.destage), f"destage-{self.id.hex()}")

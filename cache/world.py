@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from millpond.cache.chance import Chance
 from millpond.cache.events import EngineEvents
 from millpond.cache.replicas import VolumeRecord
+from millpond.cache.settings import VolumeSettings
 from millpond.cache.shaping import Admission, RateLimits
 from millpond.cache.stores import Stores
 from millpond.cache.tasks import Tasks
@@ -28,7 +29,8 @@ class World:
     chance: Chance
     tasks: Tasks
     host: Admission
-    volume_rates: RateLimits
+    volume_rates: RateLimits  # where a volume's settings have none
+    settings_of: Callable[[str], VolumeSettings]
     read_only: bool
     connected: Callable[[int, "Volume"], None]
     stores: Stores
@@ -37,6 +39,10 @@ class World:
     def cache_id(self) -> bytes:
         """Who we are in holders."""
         return self.engine.cache_id
+
+    def rates_of(self, settings: VolumeSettings) -> RateLimits:
+        """What is in force for a volume."""
+        return settings.rates if settings.rates != RateLimits() else self.volume_rates
 
 
 @dataclass(frozen=True, slots=True)

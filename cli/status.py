@@ -126,8 +126,19 @@ def volume_row(volume: dict[str, Any]) -> tuple[str, ...]:
         f"{oldest_s:.1f}s" if oldest_s is not None else "-",
         percent(volume.get("hit_rate")),
         str(volume.get("connections", 0)),
-        str(volume["problem"] or volume["destage_problem"] or ""),
+        "; ".join(notes_of(volume)),
     )
+
+
+def notes_of(volume: dict[str, Any]) -> list[str]:
+    """What an operator should know of it, the worst first."""
+    notes = [str(volume["problem"] or volume["destage_problem"] or "")]
+    if volume.get("bound_exceeded"):
+        notes.insert(0, f"BOUND EXCEEDED ({volume['bound_s']:g}s)")
+    slowed = volume.get("slowed_bytes_per_s")
+    if slowed is not None:
+        notes.append(f"guest slowed to {rate(slowed)}" if slowed else "guest waits for destage")
+    return [note for note in notes if note]
 
 
 def percent(share: float | None) -> str:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cache_support import run_virtual
 from millpond.cache import limits
-from millpond.cache.shaping import Admission, RateLimits, Shaper
+from millpond.cache.shaping import Admission, Lateness, RateLimits, Shaper
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -230,3 +230,52 @@ def test_virtual_time_is_ordered() -> None:
         return times
 
     assert all(a < b for a, b in pairwise(run_virtual(scenario())))
+
+
+async def _late_volume(late: Lateness, rates: RateLimits, seconds: int) -> tuple[int, int]:
+    """Bytes that a volume passes in so many seconds, and another one beside it on the same host."""
+    host = Admission(rates)
+    ours, others = Shaper(Admission(UNLIMITED), host), Shaper(Admission(UNLIMITED), host)
+    ours.late = late
+    passed = [0, 0]
+
+    async def ship(which: int, shaper: Shaper) -> None:
+        while True:
+            permit = await shaper.admit(64 * KIB)
+            await asyncio.sleep(0.001)
+            permit.finish()
+            passed[which] += 64 * KIB
+
+    tasks = [asyncio.create_task(ship(0, ours)), asyncio.create_task(ship(1, others))]
+    await asyncio.sleep(seconds)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    return passed[0], passed[1]
+
+
+def test_a_late_volume_ignores_the_average_then_the_peak() -> None:
+    rates = RateLimits(MIB, 4 * MIB)
+    on_time, beside = run_virtual(_late_volume(Lateness(), rates, 20))
+    assert abs(on_time - beside) < MIB, "both on time: they take turns"
+    assert on_time + beside < 22 * MIB
+    average_ignored, beside = run_virtual(_late_volume(Lateness(10.0), rates, 20))
+    assert 5 * MIB + 30 * MIB < average_ignored < 5 * MIB + 41 * MIB, "the peak still holds"
+    assert beside < 8 * MIB, "the others make room"
+    all_ignored, _ = run_virtual(_late_volume(Lateness(10.0, 15.0), rates, 20))
+    assert all_ignored > 100 * MIB
+
+
+def test_a_volume_becomes_late_while_it_waits_for_its_turn() -> None:
+    async def scenario() -> float:
+        shaper = Shaper(Admission(RateLimits(64 * KIB, None)), Admission(UNLIMITED))
+        shaper.late = Lateness.of(3.0, 10.0, asyncio.get_running_loop().time())
+        await shaper.admit(128 * KIB)  # the bucket is empty: two seconds
+        await shaper.admit(128 * KIB)  # late in none
+        return asyncio.get_running_loop().time()
+
+    assert run_virtual(scenario()) == pytest.approx(2.0, abs=0.01)
+
+
+def test_without_a_bound_no_age_is_late() -> None:
+    assert Lateness.of(1e9, None, 0.0) == Lateness()
