@@ -7,7 +7,7 @@ import pytest
 from sim.nodes import MIB
 from sim.rig import BLOCK, WRITE, Rig
 
-ONE = b"1" * 16
+ONE, TWO = b"1" * 16, b"2" * 16
 COLD, WARM = 64, 640  # blocks, each in a slot of its own
 SLICE_BLOCKS = 64
 
@@ -34,9 +34,9 @@ def misses(rig: Rig) -> int:
     return rig.engine.counters()["misses"]
 
 
-@pytest.mark.parametrize(("filled_mib", "kept"), [(10, True), (16, False)])
+@pytest.mark.parametrize(("filled_mib", "beside_mib", "kept"), [(10, 0, True), (11, 5, False)])
 def test_unread_block_is_kept_only_while_writes_are_not_short_of_log(
-    rig: Rig, filled_mib: int, kept: bool
+    rig: Rig, filled_mib: int, beside_mib: int, kept: bool
 ) -> None:
     """A block that was read is kept in any case."""
     rig.open(ONE)
@@ -45,6 +45,10 @@ def test_unread_block_is_kept_only_while_writes_are_not_short_of_log(
     rig.write(guest, WARM, 4)
     assert rig.read(guest, WARM) == 4
     fill(rig, guest, 4096, filled_mib * MIB)
+    if beside_mib:  # one volume alone may not be short of log: it is slowed before
+        rig.open(TWO)
+        fill(rig, rig.connect(TWO), 4096, beside_mib * MIB)
+        assert rig.engine.counters()["segments_free"] < 4
     rig.ship(ONE)
     for _ in range(400):
         rig.turn()
