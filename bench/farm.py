@@ -157,18 +157,20 @@ class Farm:
         """fio's options for a volume."""
         return ["--ioengine=nbd", f"--uri=nbd+unix:///{name}?socket={self.nbd}"]
 
-    def status(self) -> dict[str, Any]:
-        """What `millpond status --json` prints, without a process for it."""
+    def status(self, op: str = "status") -> dict[str, Any]:
+        """What `millpond status --json` prints, without a process; `volumes` asks no store."""
         with socket.socket(socket.AF_UNIX) as control:
             control.settimeout(60)
             control.connect(str(self.control))
-            control.sendall(b'{"op": "status"}\n')
+            control.sendall(json.dumps({"op": op}).encode() + b"\n")
             answer: dict[str, Any] = json.loads(control.makefile("rb").readline())
         return answer
 
     def volume(self, name: str) -> dict[str, Any]:
         """One volume of the status."""
-        found: dict[str, Any] = next(v for v in self.status()["volumes"] if v["name"] == name)
+        found: dict[str, Any] = next(
+            v for v in self.status("volumes")["volumes"] if v["name"] == name
+        )
         return found
 
     def wait_destaged(self, timeout_s: float = 600) -> None:

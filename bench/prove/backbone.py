@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 
 import fio
@@ -141,11 +142,10 @@ def stopped() -> Outcome:
         if background.poll():
             raise SystemExit("the fourth guest got an error while its store was there")
         made.stores[1].freeze()
-        begin = time.perf_counter()
-        running = [spawn(made, name, each) for name in others]
-        rates = samples_until_stalled(made, "stopped", timeout_s=60)
-        wait_for(running)
-        after = len(others) * each / (time.perf_counter() - begin)
+        with ThreadPoolExecutor(1) as pool:
+            writing = pool.submit(others_rate, made, others, each)
+            rates = samples_until_stalled(made, "stopped", timeout_s=60)
+            after = writing.result()
         stalled = not any(rates[-20:])
         made.stores[1].thaw()
         wait_for([background])
