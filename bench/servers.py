@@ -14,6 +14,7 @@ import fio
 from daemon import Daemon, number
 
 MIB = 1 << 20
+DESTAGE_MIB_PER_S = 256
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
@@ -168,13 +169,13 @@ class Millpond(Target):
 
     def __init__(self, directory: Path, disk_bytes: int) -> None:
         super().__init__(directory, disk_bytes)
-        self.cache_bytes = disk_bytes * 2
-        sizes = [
-            "--size",
-            f"{disk_bytes // MIB}MiB",
-            "--cache-size",
-            f"{self.cache_bytes // MIB}MiB",
-        ]
+        # A quarter is write log: room for what a job writes, as the SSD of a hypervisor has. The
+        # store shares disk and processors here, so its share is bounded, as an operator would.
+        self.cache_bytes = disk_bytes * 6
+        self.log_bytes = self.cache_bytes // 4
+        sizes = ["--size", f"{disk_bytes // MIB}MiB"]
+        sizes += ["--cache-size", f"{self.cache_bytes // MIB}MiB"]
+        sizes += ["--average-rate", f"{DESTAGE_MIB_PER_S}MiB"]
         command = Path(sys.executable).with_name("millpond")
         log = self.directory / "millpond.log"
         self.daemon = Daemon(command, self.directory / "up", sizes, log)
@@ -212,7 +213,7 @@ class Millpond(Target):
         if self.warm:
             return
         other = self.disk_bytes // 2
-        for _ in range(2):
+        for _ in range(self.log_bytes // other + 1):
             fio.run(fio.Job("recycle", "write", MIB, 4, other, other), self.reach())
             self.settle()
         region = fio.Job("warm", "read", MIB, 4, job.offset_bytes, job.region_bytes)
