@@ -418,6 +418,7 @@ static void *run(void *argument)
 {
 	struct mp_engine *engine = argument;
 
+	pthread_setname_np(pthread_self(), "mp-engine"); /* for top -H */
 	while (!engine->stopped)
 		if (mp_engine_step(engine, -1) < 0)
 			break;

@@ -182,6 +182,7 @@ struct connection {
 	struct request *writing;      /* WRITE whose payload is being received */
 	struct mutation *slice;
 	uint64_t slice_received, payload_left;
+	bool bulk;                    /* the last WRITE was a large one */
 	uint64_t reading_bytes;       /* of READs in flight or not yet sent */
 	struct link requests;         /* all in flight */
 	struct link replies;          /* finished, in order of completion */

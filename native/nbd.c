@@ -16,7 +16,7 @@
 
 #include <endian.h>
 
-enum { RECEIVES_PER_TURN = 8,
+enum { BULK_BYTES = RECEIVE_BYTES, RECEIVES_PER_TURN = 16,
 	FENCE_RECEIVES = 64 }; /* turns: a socket's buffer is empty long before */
 
 /* ---- receiving ---- */
@@ -129,6 +129,7 @@ static void dispatch(struct connection *connection, struct request *request)
 	connection->volume->counters.writes++;
 	connection->engine->counters.written_bytes += request->length_bytes;
 	connection->writing = request;
+	connection->bulk = request->length_bytes >= BULK_BYTES;
 	connection->payload_left = request->length_bytes;
 	connection->state = RECEIVE_PAYLOAD;
 }
@@ -266,6 +267,21 @@ static void parse(struct connection *connection)
 	}
 }
 
+/* How much may go to the receive buffer in one receive: behind a large WRITE comes its next slice or
+ * probably another large WRITE, whose payload would be copied out of there. Then no more than a
+ * header is taken, and the payload goes where it belongs. */
+static uint64_t buffered_bytes(const struct connection *connection, uint64_t direct_bytes)
+{
+	uint64_t room = RECEIVE_BYTES - connection->receive_end;
+
+	if (direct_bytes && direct_bytes < connection->payload_left)
+		return 0;
+	if (connection->bulk && connection->receive_begin == connection->receive_end &&
+	    (direct_bytes || connection->state == RECEIVE_HEADER))
+		return room < REQUEST_BYTES ? room : REQUEST_BYTES;
+	return room;
+}
+
 /* The rest of a large slice is received in place; what comes behind it goes to the receive
  * buffer. */
 static int64_t receive_some(struct connection *connection, uint64_t *asked_bytes)
@@ -284,7 +300,7 @@ static int64_t receive_some(struct connection *connection, uint64_t *asked_bytes
 		iov[count++].iov_len = direct;
 	}
 	iov[count].iov_base = connection->receive + connection->receive_end;
-	iov[count].iov_len = RECEIVE_BYTES - connection->receive_end;
+	iov[count].iov_len = buffered_bytes(connection, direct);
 	*asked_bytes = direct + iov[count].iov_len;
 	if (iov[count].iov_len)
 		count++;

@@ -293,6 +293,7 @@ static void *run(void *argument)
 {
 	struct mp_store *store = argument;
 
+	pthread_setname_np(pthread_self(), "mp-store"); /* for top -H */
 	while (!is_stopped(store) && mp_store_step(store, -1) >= 0)
 		;
 	return NULL;
