@@ -14,7 +14,7 @@ import fio
 from daemon import Daemon, number
 
 MIB = 1 << 20
-DESTAGE_MIB_PER_S = 256
+DESTAGE_MIB_PER_S = 128
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 

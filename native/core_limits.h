@@ -91,6 +91,10 @@ enum {
 #define CHECKPOINT_FILLS_BYTES (64ULL * 1024 * 1024)
 #define CHECKPOINT_FILLS_FACTOR 8
 
+/* A sync holds up what else the device does, for milliseconds on many. Nobody waits for one that only
+ * destage wants; what it brings is shipped for a while, so it comes at most this often. */
+#define DESTAGE_SYNC_NS 50000000ULL
+
 /* Ages of dirty data are known to this resolution. */
 #define AGE_RESOLUTION_NS 100000000ULL
 

@@ -141,7 +141,7 @@ static void nothing_to_ship(struct mp_engine *engine)
 	/* When there is something to sync, the sync's end says MP_EVENT_DIRTY_READY. */
 	volume->dirty_ready_told = volume->applied_sequence > volume->synced_sequence;
 	if (volume->dirty_ready_told) {
-		log_want_sync(engine);
+		log_want_sync_for_destage(engine);
 		volume->tell_after_sync = true;
 	}
 	cut_finish(engine, -ENODATA);

@@ -314,6 +314,7 @@ struct checkpoint {
 };
 struct syncer {
 	bool running, wanted;
+	uint64_t ended_ns, due_ns;    /* due: when destage may have one of its own; 0: none asked */
 	uint64_t started, completed;  /* counts: completed is the number of the last good one */
 	struct mp_io io;
 };
@@ -490,6 +491,7 @@ void mutations_unhold(struct volume *volume);
 void log_append_ready(struct mp_engine *engine);
 void log_sync_if_wanted(struct mp_engine *engine);
 void log_want_sync(struct mp_engine *engine);
+void log_want_sync_for_destage(struct mp_engine *engine);
 void log_synced_record(struct volume *volume);
 uint64_t log_next_timer_ns(const struct mp_engine *engine);
 void log_wait_for_sync(struct volume *volume, struct request *request);

@@ -45,6 +45,7 @@ static void sync_done(struct mp_io *io)
 
 	engine->ios_inflight--;
 	engine->sync.running = false;
+	engine->sync.ended_ns = engine->now_ns;
 	if (io->result < 0) {
 		log_failed(engine, (int)-io->result, "a sync of the log failed");
 		engine->sync.wanted = true;
@@ -79,14 +80,22 @@ void log_want_sync(struct mp_engine *engine)
 	engine->sync.wanted = true;
 }
 
+void log_want_sync_for_destage(struct mp_engine *engine)
+{
+	engine->sync.due_ns = engine->sync.ended_ns + DESTAGE_SYNC_NS;
+}
+
 void log_sync_if_wanted(struct mp_engine *engine)
 {
 	bool held = engine->rescue.stage && engine->rescue.stage != RESCUE_CHECKPOINT;
 	uint32_t i;
 
+	if (engine->sync.due_ns && engine->sync.due_ns <= engine->now_ns)
+		engine->sync.wanted = true;
 	if (!engine->sync.wanted || engine->sync.running || engine->failed || held)
 		return;
 	engine->sync.wanted = false;
+	engine->sync.due_ns = 0;
 	engine->sync.running = true;
 	engine->sync.started++;
 	for (i = 0; i < engine->volume_count; i++) {
@@ -137,7 +146,8 @@ static bool wants_synced_record(const struct volume *volume)
  * none. Writes the tellings that are due. */
 uint64_t log_next_timer_ns(const struct mp_engine *engine)
 {
-	uint64_t next = UINT64_MAX;
+	bool may_sync = !engine->sync.running && !engine->failed && !engine->rescue.stage;
+	uint64_t next = engine->sync.due_ns && may_sync ? engine->sync.due_ns : UINT64_MAX;
 	uint32_t i;
 
 	for (i = 0; i < engine->volume_count; i++) {
