@@ -10,7 +10,7 @@ this name was seen before.  Not found while a store is away: StoreAway.
 """
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,12 +69,23 @@ class Stores:
             if isinstance(answer, list):
                 self._listed[node.index] = [record.name for record in answer]
                 found += [Found(record, node) for record in answer]
-        for each in found:
-            self._seen[each.record.name] = each.node
+        self._note_places(found, answers)
         for answer in answers.values():
             if isinstance(answer, CacheError):
                 raise answer
         return found
+
+    def _note_places(self, found: Iterable[Found], answers: "dict[StoreNode, Any]") -> None:
+        """Where names are; one that moved is believed when its old store answered without it."""
+        places: dict[str, set[StoreNode]] = {}
+        for each in found:
+            places.setdefault(each.record.name, set()).add(each.node)
+        for name, nodes in places.items():
+            node = next(iter(nodes))
+            before = self._seen.get(name, node)
+            agreed = before is node or not isinstance(answers[before], CacheError)
+            if len(nodes) == 1 and agreed:
+                self._seen[name] = node
 
     async def _find(self, label: str, **selector: Any) -> Found:
         answers = await _ask(

@@ -163,6 +163,8 @@ def test_a_name_is_not_taken_from_another_store_while_its_own_is_away(tmp_path: 
             await until(lambda: cache.volume.state is State.CLOSED, "given back")
             await stores.create("right", "disk")
             stores.wires["left"].cut()
+            with pytest.raises(CacheError):  # only the other one answers: no reason to move
+                await cache.daemon.stores.list()
             with pytest.raises(ExportError) as refused:
                 await cache.guest("disk")
             assert stores.wires["left"].address in refused.value.message
