@@ -234,8 +234,15 @@ class CacheDaemon:
         ours = self.engine.cache_id.hex()
         for record in records:
             if record.open_holder == ours:
-                volume = self._volume_for(Found(record, node))
-                await volume.give_back_leftover(record)
+                try:
+                    await self._volume_for(Found(record, node)).give_back_leftover(record)
+                except CacheError as error:  # this volume's trouble, on two stores, say
+                    log.error(
+                        "cannot give back volume=%s store=%s reason=%s",
+                        escaped(record.name),
+                        escaped(node.address),
+                        escaped(str(error)),
+                    )
 
     # -- news from the engine
 

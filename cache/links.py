@@ -17,6 +17,7 @@ from typing import Any, Literal
 from millpond.cache import limits
 from millpond.cache.errors import StoreAway, escaped
 from millpond.cache.tasks import Backoff
+from millpond.native.engine import NativeError
 from millpond.store.client import DataLink, StoreClient, connect_data
 from millpond.store.errors import Code, StoreError
 
@@ -131,6 +132,8 @@ class Stream(ABC):
             else:
                 try:
                     await self._carry(link, lost, backoff)
+                except (StoreError, OSError, NativeError) as error:
+                    self._note(str(error), backoff)  # no descriptor left for the engine, say
                 finally:
                     await link.close()
             await backoff.wait()

@@ -239,11 +239,13 @@ class Connection(asyncio.BufferedProtocol):
 
     def _hand_over(self, session: Session, *, received: bytes, greeting: bytes) -> None:
         assert self._transport is not None
-        fd = os.dup(self._transport.get_extra_info("socket").fileno())
+        fd = None
         try:
+            fd = os.dup(self._transport.get_extra_info("socket").fileno())
             session.take_socket(fd, received=received, greeting=greeting)
-        except OSError as error:
-            os.close(fd)
+        except OSError as error:  # out of descriptors, say: this peer's loss alone
+            if fd is not None:
+                os.close(fd)
             self.refuse(wire.encode_error(f"the store refuses: {error}"), str(error))
             return
         self._handed_over = True
