@@ -224,6 +224,8 @@ static int64_t wait_ns(const struct mp_engine *engine, int64_t timeout_ns, uint6
 {
 	if (background_pending(engine) || engine->commands || engine->stopped ||
 	    engine->walks_pending ||
+	    /* Room has come: whom it was refused asks again, in log_append_ready. */
+	    (engine->shares_stale && !engine->failed && !engine->rescue.stage) ||
 	    (engine->paused && engine->resume_wanted))
 		return 0;
 	if (engine->has_thread && engine->published_ns < engine->active_ns)
