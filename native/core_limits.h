@@ -91,8 +91,8 @@ enum {
 #define CHECKPOINT_FILLS_BYTES (64ULL * 1024 * 1024)
 #define CHECKPOINT_FILLS_FACTOR 8
 
-/* A sync holds up what else the device does, for milliseconds on many. Nobody waits for one that only
- * destage wants; what it brings is shipped for a while, so it comes at most this often. */
+/* A sync holds up what else the device does, for milliseconds on many. Nobody waits for one that
+ * only destage wants; what it brings is shipped for a while, so it comes at most this often. */
 #define DESTAGE_SYNC_NS 50000000ULL
 
 /* Ages of dirty data are known to this resolution. */

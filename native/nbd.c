@@ -122,6 +122,8 @@ static void dispatch(struct connection *connection, struct request *request)
 		refuse(connection, request, error);
 		return;
 	}
+	connection->bulk = request->command == COMMAND_WRITE &&
+			   request->length_bytes >= BULK_BYTES;
 	if (request->command != COMMAND_WRITE) {
 		request_start(request);
 		return;
@@ -129,7 +131,6 @@ static void dispatch(struct connection *connection, struct request *request)
 	connection->volume->counters.writes++;
 	connection->engine->counters.written_bytes += request->length_bytes;
 	connection->writing = request;
-	connection->bulk = request->length_bytes >= BULK_BYTES;
 	connection->payload_left = request->length_bytes;
 	connection->state = RECEIVE_PAYLOAD;
 }
@@ -267,8 +268,8 @@ static void parse(struct connection *connection)
 	}
 }
 
-/* How much may go to the receive buffer in one receive: behind a large WRITE comes its next slice or
- * probably another large WRITE, whose payload would be copied out of there. Then no more than a
+/* How much may go to the receive buffer in one receive: behind a large WRITE comes its next slice
+ * or probably another large WRITE, whose payload would be copied out of there. Then no more than a
  * header is taken, and the payload goes where it belongs. */
 static uint64_t buffered_bytes(const struct connection *connection, uint64_t direct_bytes)
 {

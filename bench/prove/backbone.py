@@ -144,7 +144,7 @@ def stopped() -> Outcome:
         made.stores[1].freeze()
         with ThreadPoolExecutor(1) as pool:
             writing = pool.submit(others_rate, made, others, each)
-            rates = samples_until_stalled(made, "stopped", timeout_s=60)
+            rates = samples_until_stalled(made, "stopped", timeout_s=900)
             after = writing.result()
         stalled = not any(rates[-20:])
         made.stores[1].thaw()
