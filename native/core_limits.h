@@ -25,8 +25,9 @@ enum {
 	APPEND_IOVECS_MAX = 500,             /* below MP_IOV_MAX */
 	/* of the log; MP_CACHE_SEGMENT_BYTES is usual, and most */
 	SEGMENT_BYTES_MIN = 1536 * 1024,
-	/* Data may not take the last segments: trims, zeroes and tellings of a sync fit always. */
+	/* No guest takes the last segments: a failed write of the log is written again there. */
 	SEGMENTS_RESERVED = 2,
+	RANGE_SEGMENTS = 1,                  /* of trims and zeroes beyond a volume's share */
 	SHARE_SEGMENTS_MIN = 2,              /* least that a maximum share of the log can be */
 	/* of what no minimum covers and nobody else has, one volume may take; see shares.c */
 	SHARE_PART = 3, SHARE_PARTS = 4,

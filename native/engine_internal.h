@@ -503,7 +503,7 @@ void log_index_extent(struct volume *volume, const struct mp_extent *extent, uin
 
 void append_finish(struct append *append);
 void append_place(struct append *append);
-bool log_make_room(struct volume *volume, uint64_t bytes, bool is_data);
+bool log_make_room(struct volume *volume, uint64_t bytes, enum log_use use);
 void fail_waiting(struct volume *volume); /* engine.c: EIO to what waits for the log */
 struct position log_applied_position(const struct volume *volume);
 

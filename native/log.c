@@ -17,8 +17,9 @@
  * tells it. A record that does not verify below such a point is corruption, not an end.
  *
  * Failure modes: no free segment, or none of its share: data waits in ready, holding no log space
- * (shares.c; the guest is slowed before it stalls). Trims and zeroes of ranges go past it: nothing
- * in ready overlaps, and they have room of their own.
+ * (shares.c; the guest is slowed before it stalls). Trims and zeroes of ranges go past it, since
+ * nothing in ready overlaps, into room of their own; when that is full they wait, too. What is in
+ * reserve beyond is the rescue's.
  * A failed write: nothing is acknowledged until all since the last good sync is written elsewhere
  * and synced (rescue.c).
  */
@@ -38,12 +39,12 @@ uint32_t segment_of_address(const struct mp_engine *engine, uint32_t address)
 	return (uint32_t)(offset / engine->super.log_segment_bytes);
 }
 
-static bool take_segment(struct volume *volume, bool is_data)
+static bool take_segment(struct volume *volume, enum log_use use)
 {
 	struct mp_engine *engine = volume->engine;
 	uint32_t i, at;
 
-	if (is_data && !share_allows_segment(volume))
+	if (use != LOG_RESCUE && !share_allows_segment(volume, use))
 		return false;
 	if (engine->segments_free == 0) {
 		engine->checkpoint.wanted |= engine->segments_waiting > 0;
@@ -71,19 +72,19 @@ static bool take_segment(struct volume *volume, bool is_data)
 	return true;
 }
 
-bool log_make_room(struct volume *volume, uint64_t bytes, bool is_data)
+bool log_make_room(struct volume *volume, uint64_t bytes, enum log_use use)
 {
 	const struct mp_engine *engine = volume->engine;
 	uint64_t room = volume->head_segment == NO_SEGMENT
 				? 0
 				: engine->super.log_segment_bytes - volume->head_offset_bytes;
 
-	if (bytes + (is_data ? RANGE_ROOM_BYTES : 0) <= room)
+	if (bytes + (use == LOG_DATA ? RANGE_ROOM_BYTES : 0) <= room)
 		return true;
 	/* The end of a share's last segment is for trims and tellings. */
-	if (is_data && bytes <= room)
-		return share_allows_segment(volume);
-	return take_segment(volume, is_data);
+	if (use == LOG_DATA && bytes <= room)
+		return share_allows_segment(volume, use);
+	return take_segment(volume, use);
 }
 
 static void extent_init(struct mp_extent *extent, const struct mutation *mutation, uint64_t block,
@@ -291,7 +292,7 @@ static bool append_next(struct volume *volume, struct link *queue)
 			&extents, &bytes, &needs);
 	table_bytes = MP_RECORD_HEADER_BYTES + extents * MP_EXTENT_BYTES + MP_BLOCK_BYTES;
 	if (!ledger_allows(engine, needs) ||
-	    !log_make_room(volume, bytes + table_bytes, is_data))
+	    !log_make_room(volume, bytes + table_bytes, is_data ? LOG_DATA : LOG_RANGE))
 		return false;
 	append = append_new(volume, extents);
 	if (!append)
@@ -355,7 +356,7 @@ void log_synced_record(struct volume *volume)
 {
 	struct append *append;
 
-	if (!log_make_room(volume, MP_BLOCK_BYTES, false))
+	if (!log_make_room(volume, MP_BLOCK_BYTES, LOG_RANGE))
 		return;
 	append = append_new(volume, 0);
 	if (!append)

@@ -125,7 +125,7 @@ static bool make_room(struct volume *volume, uint64_t bytes, uint64_t first_sequ
 {
 	struct mp_engine *engine = volume->engine;
 
-	if (!log_make_room(volume, bytes, false)) {
+	if (!log_make_room(volume, bytes, LOG_RESCUE)) {
 		engine_fail(engine, ENOSPC, "no free log segment to rescue unsynced writes to");
 		return false;
 	}

@@ -14,7 +14,8 @@
  * there is nothing to oscillate and nothing to measure. When destage stands still the rate falls by
  * half again and again until the share is full; when it goes on, so does the guest. With a strict
  * bound the age of the oldest undestaged write works in the same way, and stops data at the bound.
- * Reads, flushes, trims and zeroes of ranges do not wait for any of this.
+ * Reads, flushes, trims and zeroes of ranges are not slowed; ranges wait when they have filled a
+ * segment beyond the share.
  *
  * Failure modes: no share left: data waits for destage, checkpoint or release. More volumes than
  * segments: those without any wait for a free one, in turn.
@@ -186,13 +187,15 @@ uint64_t shares_spare_segments(const struct mp_engine *engine)
 	return engine->segments_free > kept ? engine->segments_free - kept : 0;
 }
 
-static bool allows_segment(const struct volume *volume)
+static bool allows_segment(const struct volume *volume, enum log_use use)
 {
 	const struct mp_engine *engine = volume->engine;
 	const struct volume_share *share = &volume->share;
+	/* A share that is full of data still has room to delete. */
+	uint64_t beyond = use == LOG_RANGE ? RANGE_SEGMENTS : 0, most = most_segments(volume);
 
-	if (share->dirty_segments + 1 > share->limit_segments ||
-	    share->held_segments + 1 > most_segments(volume))
+	if (share->dirty_segments + 1 > share->limit_segments + beyond ||
+	    (most != UINT64_MAX && share->held_segments + 1 > most + beyond))
 		return false;
 	/* Below its minimum, or without any, nobody's reservation comes first. */
 	if (share->held_segments == 0 || share->held_segments < share->least_segments)
@@ -200,18 +203,21 @@ static bool allows_segment(const struct volume *volume)
 	return shares_spare_segments(engine) > 0;
 }
 
-bool share_allows_segment(struct volume *volume)
+bool share_allows_segment(struct volume *volume, enum log_use use)
 {
 	struct mp_engine *engine = volume->engine;
+	bool allowed;
 
 	if (engine->shares_stale)
 		shares_update(engine);
-	volume->share.starved = !allows_segment(volume);
-	if (volume->share.starved) {
+	allowed = allows_segment(volume, use);
+	if (use == LOG_DATA)
+		volume->share.starved = !allowed;
+	if (!allowed) {
 		engine->checkpoint.wanted |= engine->segments_waiting > 0;
 		engine->release_pressed = true;
 	}
-	return !volume->share.starved;
+	return allowed;
 }
 
 /* ---- slowing ---- */

@@ -12,6 +12,10 @@
 
 struct volume;
 
+/* What a piece of log is for: a guest's data; its trims and zeroes of ranges, and tellings of a
+ * sync; records that a rescue writes again. */
+enum log_use { LOG_DATA, LOG_RANGE, LOG_RESCUE };
+
 struct volume_share {
 	struct mp_volume_shares set;    /* by the operator; zeroes: nothing */
 	/* As of the last shares_update: */
@@ -28,9 +32,9 @@ struct volume_share {
 void shares_update(struct mp_engine *engine);
 /* Minimum and maximum of each volume's slots, after they were set or an origin changed. */
 void shares_of_slots(struct mp_engine *engine);
-/* May this volume take one more segment for data? A refusal sees to it that what can be given back
- * is. */
-bool share_allows_segment(struct volume *volume);
+/* May this volume take one more segment, for data or ranges? A refusal sees to it that what can be
+ * given back is. */
+bool share_allows_segment(struct volume *volume, enum log_use use);
 /* May data go into a record now? Else when (UINT64_MAX: when something is destaged). */
 bool share_admits(const struct volume *volume);
 uint64_t share_timer_ns(const struct volume *volume);

@@ -194,6 +194,36 @@ def test_reads_flushes_and_trims_pass_a_volume_that_waits_for_destage(world: Sha
     assert world.rig.status(NAMES[0]).slowed_bytes_per_s == 0
 
 
+def trim_until_it_waits(world: Shared, volume: bytes) -> int:
+    """The same 64 KiB again and again, each after the one before was answered; how many were."""
+    rig, socket = world.rig, world.rig.connect(volume)
+    for count in range(8 * LOG_BYTES // BLOCK):
+        rig.ask(socket, TRIM, 64 * MIB, 64 * KIB)
+        for _ in range(100):
+            world.turn(100_000_000)
+            if rig.sim.pop(socket):
+                break
+        else:
+            return count
+    raise AssertionError("trims took more than the whole log")
+
+
+def test_trims_of_a_volume_whose_store_is_away_leave_the_others_their_share(
+    world: Shared,
+) -> None:
+    for volume in NAMES:
+        world.add(volume, write_bytes=64 * KIB)
+    for volume in NAMES[:3]:
+        world.stall(volume)
+        assert trim_until_it_waits(world, volume) > 10, "a full share still has room to delete"
+        assert world.rig.engine.counters()["segments_free"] >= 2, "the rescue's reserve"
+    last = world.guests[NAMES[3]]
+    world.stores[NAMES[3]].bytes_per_s = 1 << 40
+    world.run(2 * SECOND_NS, NAMES[3])
+    assert last.bytes_written > LOG_BYTES, "one healthy volume among three that only trim"
+    assert not world.rig.failures
+
+
 def test_volumes_whose_store_is_away_leave_each_other_and_the_rest_their_minimum(
     world: Shared,
 ) -> None:
