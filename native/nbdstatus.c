@@ -56,10 +56,10 @@ bool status_walk(struct request *request, uint32_t *steps)
 	}
 	for (; request->cursor < end && *steps; --*steps, request->cursor++) {
 		enum run_kind kind = kind_of(volume, request->cursor);
-		struct status_run *last = &status->runs[status->run_count - 1];
+		uint32_t count = status->run_count;
 
-		if (status->run_count && last->kind == kind) {
-			last->block_count++;
+		if (count && status->runs[count - 1].kind == kind) {
+			status->runs[count - 1].block_count++;
 			continue;
 		}
 		if (status->run_count == runs_max)

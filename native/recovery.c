@@ -455,6 +455,7 @@ static int follow_chain(struct recovery *recovery, struct volume *volume)
 static int follow_chains(struct recovery *recovery)
 {
 	struct mp_engine *engine = recovery->engine;
+	uint64_t segment_blocks = engine->super.log_segment_bytes / MP_BLOCK_BYTES;
 	uint32_t i;
 	int rc = read_candidates(recovery);
 
@@ -468,6 +469,10 @@ static int follow_chains(struct recovery *recovery)
 		volume->applied_incarnation = volume->head_incarnation;
 		volume->applied_ordinal = volume->head_ordinal;
 	}
+	/* Earlier builds allowed more zeroes: data up to the whole log must still find room. */
+	if (rc == 0)
+		rc = index_reserve(&engine->index,
+				   engine->index.zeros + engine->segment_count * segment_blocks);
 	if (rc && !recovery->message[0])
 		complain(recovery, rc, "the write log cannot be read");
 	return rc;
