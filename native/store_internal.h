@@ -38,6 +38,7 @@ enum {
 	/* A READ is 112 bytes and its answer up to 1 MiB, so what a fetch connection may have
 	 * unanswered is a number of requests: high plus one receive, 274 of them, answers of 274
 	 * MiB at the very worst and of about 4 MiB for the 16 KiB that a cache asks for. */
+	STORE_QUERY_BYTES_MAX = MP_BLOCK_BYTES, /* of one, announced; the rest is refused */
 	STORE_FETCH_RECEIVE_BYTES = 16 * 1024,
 	STORE_FETCH_PENDING_HIGH = 128 * 112,
 	STORE_FETCH_PENDING_LOW = 64 * 112,
@@ -404,6 +405,14 @@ uint32_t store_batch_check(struct mp_store *store, const uint8_t *bytes, uint64_
 /* changes nothing */
 uint32_t store_admission(struct mp_store *store, struct store_request *request);
 void store_admit(struct mp_store *store, struct store_request *request);
+/* What a READ or a BLOCK_STATUS asks for. */
+struct store_query {
+	const uint8_t *volume;
+	uint64_t epoch, minimum_sequence, first_block, block_count;
+};
+/* MP_STATUS_OK or why not; lineage and sequence: as far as they are known. */
+uint32_t store_query_admit(struct mp_store *store, const struct store_query *query,
+			   uint64_t *lineage, uint64_t *sequence);
 
 /* storesegment.c */
 struct store_segment *store_segment_find(struct mp_store *store, uint64_t id);

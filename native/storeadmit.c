@@ -1,4 +1,4 @@
-/* storeadmit.c - may this go into the log? Batches, volume states, deletions.
+/* storeadmit.c - may this go into the log? Batches, volume states, deletions. And may this be told?
  *
  * Happy path: a batch verifies byte for byte, comes from the writer of the newest epoch, in a
  * lineage that is on record, and continues what is in the log already. The answer is found against
@@ -170,4 +170,30 @@ void store_admit(struct mp_store *store, struct store_request *request)
 		volume = store_volume_find(store, request->buffer + MP_GROUP_HEADER_BYTES);
 		volume->deleted = 1;
 	}
+}
+
+/* A READ or a BLOCK_STATUS. Any but a stale writer may ask, and only of what is applied. */
+uint32_t store_query_admit(struct mp_store *store, const struct store_query *query,
+			   uint64_t *lineage, uint64_t *sequence)
+{
+	struct store_volume *volume = store_volume_find(store, query->volume);
+	uint64_t blocks;
+
+	if (store->failure)
+		return MP_STATUS_IO;
+	if (query->block_count == 0)
+		return MP_STATUS_INVALID;
+	if (!volume || !volume->visible)
+		return MP_STATUS_UNKNOWN_VOLUME;
+	*lineage = volume->state.lineage;
+	*sequence = volume->state.applied_sequence;
+	if (query->epoch < volume->state.epoch)
+		return MP_STATUS_STALE_EPOCH;
+	if (query->minimum_sequence > volume->state.applied_sequence)
+		return MP_STATUS_BEHIND;
+	blocks = volume->state.size_bytes / MP_BLOCK_BYTES +
+		 (volume->state.size_bytes % MP_BLOCK_BYTES != 0);
+	if (query->first_block > blocks || query->block_count > blocks - query->first_block)
+		return MP_STATUS_RANGE;
+	return MP_STATUS_OK;
 }

@@ -191,6 +191,13 @@ static int may_send(const struct store_connection *connection, uint16_t type)
 		type == MP_FRAME_CHECKPOINT);
 }
 
+/* A buffer is made for what a header announces: no more than its kind of frame may need. */
+static uint64_t payload_max(uint16_t type)
+{
+	return type == MP_FRAME_READ || type == MP_FRAME_BLOCK_STATUS ? STORE_QUERY_BYTES_MAX
+								     : MP_FRAME_PAYLOAD_MAX;
+}
+
 /* Header complete: a buffer for the frame. */
 static int start_frame(struct store_connection *connection)
 {
@@ -201,7 +208,7 @@ static int start_frame(struct store_connection *connection)
 	if (total < 0 && total != -EAGAIN)
 		return (int)total;
 	memcpy(&frame, connection->head, sizeof frame);
-	if (frame.payload_bytes > MP_FRAME_PAYLOAD_MAX || !may_send(connection, frame.type))
+	if (frame.payload_bytes > payload_max(frame.type) || !may_send(connection, frame.type))
 		return -EPROTO;
 	request = store_allocate(sizeof *request);
 	request->buffer = store_allocate_aligned(store_align(

@@ -42,30 +42,17 @@ static void finish(struct mp_store *store, struct store_read *read);
 static uint32_t admit(struct mp_store *store, struct store_read *read)
 {
 	const struct mp_read_request *wanted = &read->wanted;
-	struct store_volume *volume = store_volume_find(store, wanted->volume);
-	uint64_t blocks;
 
 	memcpy(read->reply.volume, wanted->volume, sizeof read->reply.volume);
 	read->reply.first_block = wanted->first_block;
 	read->reply.block_count = wanted->block_count;
-	if (store->failure)
-		return MP_STATUS_IO;
-	if (wanted->block_count == 0 || wanted->block_count > MP_READ_BLOCKS_MAX ||
-	    wanted->reserved)
+	if (wanted->block_count > MP_READ_BLOCKS_MAX || wanted->reserved)
 		return MP_STATUS_INVALID;
-	if (!volume || !volume->visible)
-		return MP_STATUS_UNKNOWN_VOLUME;
-	read->reply.lineage = volume->state.lineage;
-	read->reply.sequence = volume->state.applied_sequence;
-	if (wanted->epoch < volume->state.epoch)
-		return MP_STATUS_STALE_EPOCH;
-	if (wanted->minimum_sequence > volume->state.applied_sequence)
-		return MP_STATUS_BEHIND;
-	blocks = volume->state.size_bytes / MP_BLOCK_BYTES +
-		 (volume->state.size_bytes % MP_BLOCK_BYTES != 0);
-	if (wanted->first_block > blocks || wanted->block_count > blocks - wanted->first_block)
-		return MP_STATUS_RANGE;
-	return MP_STATUS_OK;
+	return store_query_admit(store,
+				 &(struct store_query){wanted->volume, wanted->epoch,
+						       wanted->minimum_sequence,
+						       wanted->first_block, wanted->block_count},
+				 &read->reply.lineage, &read->reply.sequence);
 }
 
 /* One more block at the end of the pieces: part of the last one, or a new one. */

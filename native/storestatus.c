@@ -23,26 +23,12 @@ struct store_status {
 static uint32_t admit(struct mp_store *store, struct store_status *status)
 {
 	const struct mp_status_request *wanted = &status->wanted;
-	struct store_volume *volume = store_volume_find(store, wanted->volume);
-	uint64_t blocks;
 
-	if (store->failure)
-		return MP_STATUS_IO;
-	if (wanted->block_count == 0)
-		return MP_STATUS_INVALID;
-	if (!volume || !volume->visible)
-		return MP_STATUS_UNKNOWN_VOLUME;
-	status->reply.lineage = volume->state.lineage;
-	status->reply.sequence = volume->state.applied_sequence;
-	if (wanted->epoch < volume->state.epoch)
-		return MP_STATUS_STALE_EPOCH;
-	if (wanted->minimum_sequence > volume->state.applied_sequence)
-		return MP_STATUS_BEHIND;
-	blocks = volume->state.size_bytes / MP_BLOCK_BYTES +
-		 (volume->state.size_bytes % MP_BLOCK_BYTES != 0);
-	if (wanted->first_block > blocks || wanted->block_count > blocks - wanted->first_block)
-		return MP_STATUS_RANGE;
-	return MP_STATUS_OK;
+	return store_query_admit(store,
+				 &(struct store_query){wanted->volume, wanted->epoch,
+						       wanted->minimum_sequence,
+						       wanted->first_block, wanted->block_count},
+				 &status->reply.lineage, &status->reply.sequence);
 }
 
 /* More blocks of one kind; 0: there is no room for another run. */

@@ -171,6 +171,15 @@ def test_commands_of_the_daemon_are_refused_elsewhere(world: World) -> None:
         assert world.store.take(100 + frame_type) == b""
 
 
+def test_a_query_that_announces_more_than_a_query_needs_is_refused(world: World) -> None:
+    """Else each connection could have 16 MiB of memory reserved by 64 bytes."""
+    for frame_type in (lib.MP_FRAME_READ, lib.MP_FRAME_BLOCK_STATUS):
+        frame = record.encode_frame(frame_type, bytes(lib.MP_BLOCK_BYTES + 8))
+        with pytest.raises(ProtocolError):
+            world.store.feed(100 + frame_type, frame[: lib.MP_FRAME_HEADER_BYTES])
+    world.store.feed(7, record.encode_frame(lib.MP_FRAME_READ, bytes(lib.MP_BLOCK_BYTES)))
+
+
 def test_stream_split_at_every_position(world: World) -> None:
     assert world.write([Write(0, fill(1))], first=1) == OK
     payload = batch_payload([Write(1, block_count=1)], first=1)
