@@ -25,6 +25,7 @@ from millpond.cli.foreground import (
     nbd_uri,
     parse_rates,
     parse_tcp,
+    raise_descriptor_limit,
     serve_cache,
 )
 from millpond.cli.output import parse_size, print_json
@@ -141,6 +142,7 @@ def serve(
     control_socket = _socket(control, file.control if file else None)
     check_machine()
     log_to_stderr()
+    raise_descriptor_limit()
     with expected_errors():
         run(_serve(device, config, nbd_socket, tcp, control_socket))
 

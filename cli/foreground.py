@@ -7,6 +7,7 @@ from outside was escaped where it was written.
 import asyncio
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Awaitable, Iterator, Sequence
@@ -44,6 +45,11 @@ AverageRateOption = Annotated[
 PeakRateOption = Annotated[
     str | None, typer.Option("--peak-rate", help="of destage in any second, bytes/s")
 ]
+# 1024 connections of guests or caches (nbd/limits.py, store/limits.py), their files, a margin.
+DESCRIPTORS_WANTED = 4096
+
+_log = logging.getLogger("cli")
+
 ReadOnlyOption = Annotated[
     bool | None, typer.Option("--read-only", help="guests may not write", show_default=False)
 ]
@@ -54,6 +60,22 @@ def check_machine() -> None:
     problem = kernel_problem(os.uname().release)
     if problem:
         raise CommandError(problem)
+
+
+def raise_descriptor_limit() -> None:
+    """The usual soft limit, 1024, is for programs that call select(); ours holds a connection per
+    guest, and more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS_WANTED if hard == resource.RLIM_INFINITY else min(DESCRIPTORS_WANTED, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if wanted < DESCRIPTORS_WANTED:
+        _log.warning(
+            "at most %d open files are allowed here: so many connections at a time, and less; "
+            "raise the hard limit (ulimit -Hn, LimitNOFILE=) to %d",
+            hard,
+            DESCRIPTORS_WANTED,
+        )
 
 
 def log_to_stderr() -> None:

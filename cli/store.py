@@ -11,7 +11,7 @@ import typer
 
 from millpond.cli.configfile import load
 from millpond.cli.configtypes import STORE_FILE, StoreFile, StoreTable
-from millpond.cli.foreground import check_machine
+from millpond.cli.foreground import check_machine, raise_descriptor_limit
 from millpond.cli.output import format_size, print_fields, print_json
 from millpond.cli.run import run
 from millpond.cli.volume import DirOption, JsonOption, StoreOption, call_store
@@ -76,6 +76,7 @@ def serve(
     )
     check_machine()
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO, stream=sys.stderr)
+    raise_descriptor_limit()
     run(_serve(table, format_when_empty=format_new))
 
 

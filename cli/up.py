@@ -36,6 +36,7 @@ from millpond.cli.foreground import (
     log_to_stderr,
     nbd_uri,
     parse_rates,
+    raise_descriptor_limit,
     serve_cache,
 )
 from millpond.cli.output import format_size, parse_size
@@ -84,6 +85,7 @@ def up(
     check_sizes(size_bytes, cache_bytes)
     check_machine()
     log_to_stderr()
+    raise_descriptor_limit()
     with place.locked(), expected_errors():
         run(_up(place, size_bytes, cache_bytes, settings, accept_loss=accept_loss))
 

@@ -6,6 +6,7 @@ Failure modes: those of store/unixsocket.py, as ListenError; an address that str
 that is taken, or that cannot be resolved: ListenError.
 """
 
+import errno
 import logging
 import os
 import socket
@@ -62,9 +63,18 @@ def listen_tcp(address: Address, *, insecure_listen: bool, backlog: int) -> list
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            sock.bind((where[0], port, *where[2:]))
+            try:
+                sock.bind((where[0], port, *where[2:]))
+            except OSError as error:
+                # "localhost" has an IPv6 address where IPv6 is switched off, too.
+                if error.errno != errno.EADDRNOTAVAIL:
+                    raise
+                sockets.pop().close()
+                continue
             port = port or int(sock.getsockname()[1])
             sock.listen(backlog)
+        if not sockets:
+            raise OSError(errno.EADDRNOTAVAIL, "")
     except OSError as error:
         for sock in sockets:
             sock.close()

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import resource
 import runpy
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from millpond.cache.device import DeviceError, open_locked
 from millpond.cli import main as command
 from millpond.cli import run as codes
+from millpond.cli.foreground import raise_descriptor_limit
 from millpond.native import lib
 from millpond.native.needs import direct_problem, kernel_problem
 from millpond.store.directory import OpenStore
@@ -78,6 +80,24 @@ def test_kernel_that_is_too_old(
 def test_kernels_that_are_new_enough() -> None:
     for release in ("4.18.0-553.el8", "5.15.0-91-generic", "6.1.0", "10.0", "unheard-of"):
         assert kernel_problem(release) == ""
+
+
+def test_descriptors_up_to_the_hard_limit(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "setrlimit", lambda _what, limits: kept.append(limits))
+    monkeypatch.setattr(resource, "getrlimit", lambda _what: (1024, 524288))
+    raise_descriptor_limit()
+    assert kept == [(4096, 524288)]
+    assert not caplog.records
+    monkeypatch.setattr(resource, "getrlimit", lambda _what: (1024, 2048))
+    raise_descriptor_limit()
+    assert kept[1:] == [(2048, 2048)]
+    assert "at most 2048 open files" in caplog.text
+    monkeypatch.setattr(resource, "getrlimit", lambda _what: (65536, 524288))
+    raise_descriptor_limit()
+    assert len(kept) == 2, "more than enough stays"
 
 
 def test_python_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """TCP: loopback unless the operator insists, no delays, and clients that vanish do not stay."""
 
 import asyncio
+import errno
 import logging
 import socket
 
@@ -24,6 +25,26 @@ def use(uri: str) -> None:
         client.write(4095, b"over tcp")
         assert client.read(4095, 8) == b"over tcp"
         client.flush()
+
+
+def test_localhost_without_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = socket.socket.bind
+
+    def bind(sock: socket.socket, where: tuple[object, ...]) -> None:
+        if sock.family == socket.AF_INET6:
+            raise OSError(errno.EADDRNOTAVAIL, "Cannot assign requested address")
+        real(sock, where)
+
+    monkeypatch.setattr(socket.socket, "bind", bind, raising=False)
+    both = [(socket.AF_INET6, ("::1", 0, 0, 0)), (socket.AF_INET, ("127.0.0.1", 0))]
+    found = [(family, socket.SOCK_STREAM, 6, "", where) for family, where in both]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_args, **_kwargs: found)
+    (sock,) = listen_tcp(parse_address("localhost:0"), insecure_listen=False, backlog=1)
+    assert sock.family == socket.AF_INET
+    sock.close()
+    found.pop()
+    with pytest.raises(ListenError, match="cannot listen on localhost:0: Cannot assign"):
+        listen_tcp(parse_address("localhost:0"), insecure_listen=False, backlog=1)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "localhost"])
