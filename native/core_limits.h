@@ -96,6 +96,9 @@ enum {
  * only destage wants; what it brings is shipped for a while, so it comes at most this often. */
 #define DESTAGE_SYNC_NS 50000000ULL
 
+/* So long without a write of a guest, log segments are given back before the log is short. */
+#define RELEASE_REST_NS 100000000ULL
+
 /* Ages of dirty data are known to this resolution. */
 #define AGE_RESOLUTION_NS 100000000ULL
 

@@ -242,12 +242,19 @@ static int64_t wait_ns(const struct mp_engine *engine, int64_t timeout_ns, uint6
 	return timeout_ns;
 }
 
+/* Appends the tellings of syncs that are due. */
+static uint64_t next_timer_ns(const struct mp_engine *engine)
+{
+	uint64_t log = log_next_timer_ns(engine), checkpoint = checkpoint_due_ns(engine);
+	uint64_t release = release_timer_ns(engine), next = log < checkpoint ? log : checkpoint;
+
+	return next < release ? next : release;
+}
+
 int64_t mp_engine_step(struct mp_engine *engine, int64_t timeout_ns)
 {
-	uint64_t timer = log_next_timer_ns(engine), due = checkpoint_due_ns(engine);
 	int64_t handled = engine->driver->wait(engine->driver->self,
-					       wait_ns(engine, timeout_ns, timer < due ? timer
-										       : due));
+					       wait_ns(engine, timeout_ns, next_timer_ns(engine)));
 
 	if (handled < 0)
 		return handled;

@@ -386,6 +386,7 @@ struct mp_engine {
 	struct syncer sync;
 	struct rescue rescue;
 	uint64_t now_ns, active_ns, stop_ns;
+	uint64_t appended_ns;         /* when a guest last wrote */
 	bool stopping, stopped, notify_wanted;
 	bool was_clean;               /* the last life ended in order: no slot can be stale */
 	int failed;
@@ -535,7 +536,7 @@ void cut_step(struct mp_engine *engine);
 void cut_reset(struct volume *volume);
 void destaged(struct volume *volume, uint64_t sequence);
 void release_step(struct mp_engine *engine);
-bool release_wanted(const struct mp_engine *engine);
+uint64_t release_timer_ns(const struct mp_engine *engine);
 
 /* checkpoint.c, recovery.c */
 enum { SUPER_COPY_BYTES = 65536 }; /* where the second copy of the superblock is */

@@ -317,6 +317,7 @@ static bool append_next(struct volume *volume, struct link *queue)
 	append->header_bytes = (bytes + MP_BLOCK_BYTES - 1) / MP_BLOCK_BYTES * MP_BLOCK_BYTES;
 	append_fill(append, used, MP_RECORD_LOG);
 	append_submit(append);
+	engine->appended_ns = engine->now_ns;
 	if (is_data)
 		share_charge(volume, append->header_bytes + append->payload_bytes);
 	return true;

@@ -1,7 +1,8 @@
 /* release.c - give log segments back: keep what is worth keeping as read slots, then let the
  * segment wait for a checkpoint.
  *
- * Happy path: the tail segment of a chain is wholly destaged and free segments run low -> read it
+ * Happy path: the tail segment of a chain is wholly destaged and free segments run low (half of
+ * them while the guests rest, a quarter while they write) -> read it
  * -> each block that the index still finds here is offered to the slots (admission decides) and
  * written there from the scan's memory -> the index forgets it -> no pins left -> the segment
  * leaves the chain and waits until a checkpoint that began later is durable.
@@ -13,8 +14,8 @@
  */
 #include "encode.h"
 
-/* Below a quarter of the log, which is also where checkpoints begin to hurry (engine.c). */
-enum { SHORT_OF_LOG_PART = 4 };
+/* A quarter of the log is also where checkpoints begin to hurry (engine.c). */
+enum { RESTING_PARTS = 2, SHORT_PARTS = 4 };
 
 struct promotion {
 	struct mp_io io;
@@ -59,12 +60,32 @@ static bool is_releasable(const struct volume *volume)
 	return true;
 }
 
-bool release_wanted(const struct mp_engine *engine)
+static bool is_below(const struct mp_engine *engine, uint32_t parts)
 {
-	uint64_t ready = engine->segments_free + engine->segments_waiting;
+	return engine->segments_free + engine->segments_waiting <
+	       engine->segment_count / parts + engine->unmet_segments / 2;
+}
 
-	return ready < engine->segment_count / 2 + engine->unmet_segments / 2 ||
-	       engine->release_pressed || engine->index.zeros > engine->zeros_max / 2;
+/* Reading segments and writing slots would take the device from a burst of writes. */
+static uint64_t rests_from_ns(const struct mp_engine *engine)
+{
+	return engine->appended_ns + RELEASE_REST_NS;
+}
+
+static bool release_wanted(const struct mp_engine *engine)
+{
+	return is_below(engine, SHORT_PARTS) || engine->release_pressed ||
+	       (is_below(engine, RESTING_PARTS) && rests_from_ns(engine) <= engine->now_ns) ||
+	       engine->index.zeros > engine->zeros_max / 2;
+}
+
+/* When the guests will have rested for long enough; UINT64_MAX: nothing waits for that. */
+uint64_t release_timer_ns(const struct mp_engine *engine)
+{
+	bool waits = !engine->release.volume && is_below(engine, RESTING_PARTS) &&
+		     rests_from_ns(engine) > engine->now_ns;
+
+	return waits ? rests_from_ns(engine) : UINT64_MAX;
 }
 
 static struct volume *choose(const struct mp_engine *engine)
@@ -154,10 +175,9 @@ static uint32_t claim(struct volume *volume, uint64_t block, uint32_t count, int
 static bool is_worth_keeping(const struct volume *volume, uint64_t block)
 {
 	const struct mp_engine *engine = volume->engine;
-	bool short_of_log = engine->segments_free + engine->segments_waiting <
-			    engine->segment_count / SHORT_OF_LOG_PART;
 
-	return !short_of_log || mp_slots_frequency(engine->slots, volume->origin, block) > 0;
+	return !is_below(engine, SHORT_PARTS) ||
+	       mp_slots_frequency(engine->slots, volume->origin, block) > 0;
 }
 
 /* Write what the slots admit of consecutive blocks of one slot; returns how many of them. */

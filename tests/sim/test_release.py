@@ -56,3 +56,23 @@ def test_unread_block_is_kept_only_while_writes_are_not_short_of_log(
     assert rig.read(guest, WARM) == 4 and misses(rig) == before
     assert rig.read(guest, COLD) == 3
     assert (misses(rig) == before) == kept
+
+
+def test_segments_are_given_back_when_the_guests_rest(rig: Rig) -> None:
+    """Until the log is short, a burst of writes has the device for itself."""
+    rig.open(ONE)
+    guest = rig.connect(ONE)
+    fill(rig, guest, 4096, 13 * MIB)
+    for _ in range(20):  # destaged meanwhile, and no pause is as long as a rest
+        rig.write(guest, COLD, 3)
+        rig.flush(guest)
+        if rig.engine.counters()["batches"] == 0:
+            rig.ship(ONE)
+        rig.sim.advance_ns(20_000_000)
+    counters = rig.engine.counters()
+    assert counters["segments_free"] < counters["segments_total"] // 2
+    assert counters["slot_writes"] == 0
+    rested_ns = rig.sim.now_ns
+    while rig.engine.counters()["slot_writes"] == 0:
+        rig.turn(timeout_ns=100_000_000_000)
+    assert rig.sim.now_ns - rested_ns < 1_000_000_000, "a timer of its own ends the wait"
