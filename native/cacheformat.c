@@ -12,7 +12,7 @@
 
 #include "engine_internal.h"
 
-enum { FIRST_AREA_BYTES = 1024 * 1024, SEGMENTS_MIN = 6 };
+enum { FIRST_AREA_BYTES = 1024 * 1024, SEGMENTS_MIN = 6, SEGMENTS_USUAL = 64 };
 
 void super_seal(struct mp_cache_super *super)
 {
@@ -164,9 +164,20 @@ static uint64_t checkpoint_bytes(uint64_t segments, uint64_t log_bytes, uint64_t
 			1024 * 1024);
 }
 
+/* Volumes share the log by segments: a small one has smaller ones, or they could not take turns. */
+static uint64_t usual_segment_bytes(uint64_t log_bytes)
+{
+	uint64_t bytes = MP_CACHE_SEGMENT_BYTES;
+
+	while (log_bytes / bytes < SEGMENTS_USUAL && segment_is_possible(bytes / 2))
+		bytes /= 2;
+	return bytes;
+}
+
 static int plan(struct mp_cache_super *super, const struct mp_cache_format_options *options)
 {
-	uint64_t segment = options->segment_bytes ? options->segment_bytes : MP_CACHE_SEGMENT_BYTES;
+	uint64_t segment = options->segment_bytes ? options->segment_bytes
+						  : usual_segment_bytes(options->log_bytes);
 	uint64_t segments = options->log_bytes / segment, log = segments * segment;
 	uint64_t device = options->device_bytes / MP_BLOCK_BYTES * MP_BLOCK_BYTES;
 	uint64_t left, slots, area;
@@ -226,9 +237,9 @@ int mp_cache_format(struct mp_driver *driver, const struct mp_cache_format_optio
 		snprintf(message, message_bytes,
 			 "%" PRIu64 " bytes with a log of %" PRIu64 " bytes are too small for a "
 			 "cache: "
-			 "the log needs %d segments of %d bytes, and slots the rest",
+			 "the log needs %d segments of at least %d bytes, and slots the rest",
 			 options->device_bytes, options->log_bytes, SEGMENTS_MIN,
-			 MP_CACHE_SEGMENT_BYTES);
+			 SEGMENT_BYTES_MIN);
 		return -EINVAL;
 	}
 	rc = write_zeroes(driver, 0, FIRST_AREA_BYTES, &ignored);

@@ -21,7 +21,7 @@ from torture.commands import millpond, wait_until
 
 MIB = 1 << 20
 CHUNK = MIB
-LOG_BYTES = 64 * MIB
+LOG_BYTES = 128 * MIB
 VOLUME_BYTES = 64 * MIB
 HEALTHY, STUCK = ("one", "two", "three"), "stuck"
 SLOWED_BYTES_PER_S = 8 * MIB
