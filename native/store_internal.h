@@ -26,6 +26,7 @@ enum {
 	STORE_GROUP_TARGET_BYTES = 4 << 20, /* collect requests into a group up to here */
 	STORE_GROUP_MAX_BYTES = 32 << 20,   /* what recovery believes of a data group's length */
 	STORE_META_GROUP_MAX_BYTES = 1 << 30,
+	STORE_SYNC_BYTES = 16 << 20,        /* a sync waits no longer for writes under way */
 	STORE_GROUPS_IN_FLIGHT = 4,
 	STORE_GROUPS_UNAPPLIED = 16,
 	STORE_READS_IN_FLIGHT = 256,

@@ -1,8 +1,9 @@
 /* storelog.c - the log: requests become groups, groups are appended and synced, then applied.
  *
  * Happy path: what waits is put into one group (one write); while that is on its way the next one
- * fills. One sync covers all groups written before it. Durable groups are applied in order and
- * only then answered. Groups chain: each carries its predecessor's checksum, the incarnation of
+ * fills. One sync covers all groups written before it, and waits for those that are on their way:
+ * who sends more than one batch at a time does not pay for each. Durable groups are applied in
+ * order and only then answered. Groups chain: each carries its predecessor's checksum, the incarnation of
  * this open and how far the log was synced, so that recovery can tell the end of the log from
  * damage in it. A group of a new segment is written only when everything in the old one is
  * durable.
@@ -314,15 +315,17 @@ static void move_on(struct mp_store *store, uint64_t commit)
 static void try_sync(struct mp_store *store)
 {
 	struct store_group *group = store->groups, *last = NULL;
+	uint64_t bytes = 0;
 	uint32_t records = 0;
 
 	if (store->syncing || store->failure)
 		return;
 	for (; group && group->state == STORE_GROUP_WRITTEN; group = group->next) {
 		records += group->record_count;
+		bytes += group->length_bytes;
 		last = group;
 	}
-	if (!last)
+	if (!last || (store->groups_writing && bytes < STORE_SYNC_BYTES))
 		return;
 	if (!records || store_fault(store, MP_STORE_FAULT_SKIP_SYNC)) {
 		move_on(store, last->commit);

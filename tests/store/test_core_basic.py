@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from millpond.native import lib
+from millpond.native.drivers import SimOptions
 from store_support import BLOCK, LINEAGE, VOLUME, World, Write, fill
 
 OK = lib.MP_STATUS_OK
@@ -32,6 +33,20 @@ def test_compressed_extents_survive_partial_overwrites(world: World) -> None:
     new = fill(2, 2)
     assert world.write([Write(0, data), Write(3, new)], first=1) == OK
     assert world.image(8) == data[: 3 * BLOCK] + new + data[5 * BLOCK :]
+
+
+def test_a_sync_waits_for_the_writes_that_are_under_way() -> None:
+    """Four batches on their way are one sync, not two or more."""
+    world = World(SimOptions(latency_ns=1_000_000)).format(segment_bytes=32 << 20).open()
+    world.create()
+    before = world.store.counters()["syncs"]
+    requests = [
+        world.send_write([Write(number * 600, fill(number, 600))], first=number + 1)
+        for number in range(4)
+    ]
+    assert [world.wait(request).status for request in requests] == [OK] * 4
+    assert world.store.counters()["syncs"] == before + 1
+    world.close()
 
 
 def test_trim_reads_as_zeroes(world: World) -> None:
