@@ -20,7 +20,7 @@ import report
 from micro.core import Core
 
 MIB = 1 << 20
-BATCHES, BATCH_BYTES, IN_FLIGHT = 64, 2 * MIB, 4
+BATCHES, BATCH_BYTES, IN_FLIGHT = 128, 2 * MIB, 4
 AT_LEAST = 0.85
 WORK = report.ROOT / ".run" / "ingest"
 
@@ -33,8 +33,7 @@ def store_s(directory: Path, batches: list[bytes]) -> tuple[float, int]:
         frames = [core.batch(data) for data in batches]
         syncs = core.counters().syncs
         begin = time.perf_counter()
-        for start in range(0, len(frames), IN_FLIGHT):
-            core.exchange(frames[start : start + IN_FLIGHT])
+        core.exchange(frames, in_flight=IN_FLIGHT)
         return time.perf_counter() - begin, core.counters().syncs - syncs
     finally:
         core.close()

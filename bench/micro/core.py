@@ -2,6 +2,7 @@
 
 import os
 import select
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +77,19 @@ class Core:
         request.block_count = block_count
         return encode_frame(lib.MP_FRAME_READ, bytes(ffi.buffer(request)))
 
-    def exchange(self, frames: list[bytes], *, connection: int = PEER) -> None:
-        """Send frames and wait for as many replies; each must be OK."""
-        for frame in frames:
-            check(lib.mp_store_feed(self._store, connection, frame, len(frame)))
+    def exchange(
+        self, frames: list[bytes], *, connection: int = PEER, in_flight: int | None = None
+    ) -> None:
+        """Send frames, at most so many unanswered, and wait for as many replies; each must be OK."""
+        unsent = deque(frames)
         received, replies = b"", 0
+
+        def send(count: int) -> None:
+            while unsent and len(frames) - len(unsent) < count:
+                frame = unsent.popleft()
+                check(lib.mp_store_feed(self._store, connection, frame, len(frame)))
+
+        send(in_flight or len(frames))
         out = ffi.new("uint8_t[]", 1 << 20)
         ready = ffi.new("uint64_t[]", 8)
         while replies < len(frames):
@@ -93,3 +102,4 @@ class Core:
                 reply, length_bytes = found
                 assert reply.status == lib.MP_STATUS_OK, f"status {reply.status}"
                 received, replies = received[length_bytes:], replies + 1
+            send(replies + (in_flight or len(frames)))
