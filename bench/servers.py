@@ -223,7 +223,7 @@ class Millpond(Target):
 
     def snapshot(self) -> dict[str, int]:
         engine = self.daemon.status()["engine"]
-        return {key: number(engine, key) for key in ("hits", "misses", "slot_reads")}
+        return {key: number(engine, key) for key in ("hits", "misses", "slot_hits")}
 
     def note(self, before: dict[str, int], after: dict[str, int]) -> str:
         """Shares of hits and of reads from slots among the lookups, as the engine counts them."""

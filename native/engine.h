@@ -82,7 +82,7 @@ struct mp_engine_volume {
 };
 struct mp_engine_counters {
 	uint64_t requests, hits, misses, read_bytes, written_bytes, flushes, log_records, log_bytes,
-		syncs, slot_reads, slot_writes, slot_bytes_written, slot_checksum_errors,
+		syncs, slot_hits, slot_writes, slot_bytes_written, slot_checksum_errors,
 		slot_stale_after_restart, log_checksum_errors, fetches, fetches_joined,
 		readahead_blocks, fetch_checksum_errors,
 		fetch_retries, batches, batch_bytes, checkpoints, checkpoint_bytes, protocol_errors,

@@ -105,16 +105,38 @@ static uint64_t source_offset_bytes(const struct read *read, uint32_t i)
 	       (read->first_block + i) % engine->slot_blocks * MP_BLOCK_BYTES;
 }
 
-static void unpin(struct part *part)
+/* Of the blocks of a part, is this the first in its slot? */
+static bool enters_slot(const struct read *read, uint32_t first, uint32_t i)
 {
-	struct read *read = part->read;
-	struct mp_engine *engine = read->volume->engine;
-	const struct source *source = &read->sources[part->first];
+	return i == first || read->sources[i].place != read->sources[i - 1].place;
+}
 
-	if (source->kind == SOURCE_SLOT)
-		mp_slots_unpin(engine->slots, source->place);
-	else
-		engine->segments[segment_of_address(engine, source->place)].pins--;
+static void pin(struct read *read, uint32_t first, uint32_t count)
+{
+	struct mp_engine *engine = read->volume->engine;
+	uint32_t i;
+
+	if (read->sources[first].kind == SOURCE_LOG) {
+		engine->segments[segment_of_address(engine, read->sources[first].place)].pins++;
+		return;
+	}
+	for (i = first; i < first + count; i++)
+		if (enters_slot(read, first, i))
+			mp_slots_pin(engine->slots, read->sources[i].place);
+}
+
+static void unpin(struct read *read, uint32_t first, uint32_t count)
+{
+	struct mp_engine *engine = read->volume->engine;
+	uint32_t i;
+
+	if (read->sources[first].kind == SOURCE_LOG) {
+		engine->segments[segment_of_address(engine, read->sources[first].place)].pins--;
+		return;
+	}
+	for (i = first; i < first + count; i++)
+		if (enters_slot(read, first, i))
+			mp_slots_unpin(engine->slots, read->sources[i].place);
 }
 
 static void log_block_bad(struct read *read, uint32_t i)
@@ -207,7 +229,7 @@ static void part_done(struct mp_io *io)
 	struct read *read = part->read;
 
 	read->volume->engine->ios_inflight--;
-	unpin(part);
+	unpin(read, part->first, part->count);
 	if (io->result < 0)
 		device_error(part);
 	else
@@ -220,7 +242,6 @@ static void part_done(struct mp_io *io)
 static void start_part(struct read *read, uint32_t first, uint32_t count)
 {
 	struct mp_engine *engine = read->volume->engine;
-	const struct source *source = &read->sources[first];
 	struct part *part = calloc(1, sizeof *part);
 
 	if (!part) {
@@ -239,17 +260,15 @@ static void start_part(struct read *read, uint32_t first, uint32_t count)
 	part->io.length_bytes = part->iov.iov_len;
 	part->io.done = part_done;
 	part->io.context = part;
-	if (source->kind == SOURCE_SLOT) {
-		mp_slots_pin(engine->slots, source->place);
-		engine->counters.slot_reads++;
-	} else
-		engine->segments[segment_of_address(engine, source->place)].pins++;
+	pin(read, first, count);
+	if (read->sources[first].kind == SOURCE_SLOT)
+		engine->counters.slot_hits += count;
 	read->pending++;
 	engine_submit(engine, &part->io);
 }
 
-/* A run is one device read: same kind, consecutive on the device, within one slot or one
- * segment. */
+/* A run is one device read: same kind, consecutive on the device (slots that were filled one after
+ * the other are), within one segment. */
 static uint32_t run_length(const struct read *read, uint32_t first)
 {
 	const struct mp_engine *engine = read->volume->engine;
@@ -260,7 +279,9 @@ static uint32_t run_length(const struct read *read, uint32_t first)
 		const struct source *next = &read->sources[first + run];
 		if (next->kind != source->kind)
 			break;
-		if (source->kind == SOURCE_SLOT && next->place != source->place)
+		if (source->kind == SOURCE_SLOT &&
+		    source_offset_bytes(read, first + run) !=
+			    source_offset_bytes(read, first) + (uint64_t)run * MP_BLOCK_BYTES)
 			break;
 		if (source->kind == SOURCE_LOG &&
 		    (next->place != source->place + run ||

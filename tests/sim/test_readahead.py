@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from millpond.native import lib
+from millpond.native.drivers import Op
 from millpond.native.engine import EngineOptions
 from sim.rig import BLOCK, READ, REPLY_BYTES, Rig
 
@@ -209,3 +210,16 @@ def test_engine_stops_while_the_store_owes_what_was_read_ahead(rig: Rig) -> None
     assert count(rig, "readahead_blocks") >= 32
     rig.stop()
     rig.start()
+
+
+def test_slots_that_were_filled_one_after_the_other_are_read_at_once(rig: Rig) -> None:
+    """One device read of 256 KiB, not one per slot."""
+    guest = rig.connect(VOLUME)
+    for _ in range(2):
+        rig.done(guest, READ, 0, 64 * BLOCK)
+        for _ in range(50):
+            rig.turn()
+    before, hits = rig.sim.count(Op.READ), count(rig, "slot_hits")
+    assert rig.done(guest, READ, 0, 64 * BLOCK) == bytes([token(0)]) * (64 * BLOCK)
+    assert count(rig, "slot_hits") == hits + 64
+    assert rig.sim.count(Op.READ) == before + 1

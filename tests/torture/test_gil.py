@@ -136,7 +136,7 @@ def test_hits_and_writes_go_on_while_python_stands_still(
         assert after["read_miss_blocks"] == before["read_miss_blocks"], "not all reads were hits"
         assert reads > COMPLETIONS_MIN and writes > COMPLETIONS_MIN // 4
         assert pause_s < GAP_MAX_S, f"nothing completed for {pause_s:.2f} s"
-        assert status(directory)["engine"]["slot_reads"] > 0, "no hit came from a slot"
+        assert status(directory)["engine"]["slot_hits"] > 0, "no hit came from a slot"
     record_property(
         "figure",
         f"GIL held {stood_still_s:.1f} s: {reads} reads and {writes} writes completed meanwhile,"
