@@ -80,7 +80,7 @@ class Core:
     def exchange(
         self, frames: list[bytes], *, connection: int = PEER, in_flight: int | None = None
     ) -> None:
-        """Send frames, at most so many unanswered, and wait for as many replies; each must be OK."""
+        """Send frames, so many unanswered at most, and wait for as many replies, all OK."""
         unsent = deque(frames)
         received, replies = b"", 0
 
