@@ -3,9 +3,9 @@
  * Happy path: what waits is put into one group (one write); while that is on its way the next one
  * fills. One sync covers all groups written before it, and waits for those that are on their way:
  * who sends more than one batch at a time does not pay for each. Durable groups are applied in
- * order and only then answered. Groups chain: each carries its predecessor's checksum, the incarnation of
- * this open and how far the log was synced, so that recovery can tell the end of the log from
- * damage in it. A group of a new segment is written only when everything in the old one is
+ * order and only then answered. Groups chain: each carries its predecessor's checksum, the
+ * incarnation of this open and how far the log was synced, so that recovery can tell the end of the
+ * log from damage in it. A group of a new segment is written only when everything in the old one is
  * durable.
  * Failure modes: a failed write or sync fails the store: nothing is acknowledged after it. No
  * space for the next segment: MP_STATUS_FULL, not admitted, nothing changed.
