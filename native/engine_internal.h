@@ -110,7 +110,7 @@ struct append {
 
 enum source_kind { SOURCE_ZERO = 1, SOURCE_LOG, SOURCE_SLOT, SOURCE_MISS };
 struct source {
-	uint64_t checksum;        /* LOG: 64 bits; SLOT: 32 bits */
+	uint64_t checksum;        /* LOG: 64 bits; SLOT: 31 bits */
 	uint32_t place;           /* LOG: address; SLOT: slot */
 	uint8_t kind;
 	uint8_t restored;

@@ -128,9 +128,10 @@ static uint32_t fill_slot(struct read *read, uint32_t first, uint32_t count, uin
 	fill->generation = generation;
 	for (i = 0; i < claimed; i++) {
 		const uint8_t *data = read->buffer + (uint64_t)(first + i) * MP_BLOCK_BYTES;
-		uint32_t low = (uint32_t)mp_block_checksum(
+		uint64_t checksum = mp_block_checksum(
 			volume->seed, read->first_block + first + i, data, MP_BLOCK_BYTES);
-		fill->checksums[i] = mp_is_zero(data, MP_BLOCK_BYTES) ? 0 : low ? low : 1;
+		fill->checksums[i] =
+			mp_is_zero(data, MP_BLOCK_BYTES) ? 0 : mp_slots_checksum(checksum);
 	}
 	if (fill_is_zero(fill)) {
 		for (i = 0; i < claimed; i++)

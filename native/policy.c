@@ -1,6 +1,6 @@
 /* policy.c - the counting sketch and the admission duel.
  *
- * Happy path: an access increments the smallest of a key's four counters (conservative update); the
+ * Happy path: an access increments the smaller of a key's two counters (conservative update); the
  * estimate is their minimum. After PERIODS x capacity accesses every counter is halved, AGE_LINES
  * lines per following access, so that no access pays for the whole table: what was hot a while ago
  * and is no longer used loses to what is used now.
@@ -18,24 +18,27 @@
 #include <string.h>
 
 enum {
-	ROWS = 4,
+	ROWS = 2,               /* 4 cost 0.1 to 0.3 points in so little memory */
 	LINE_WORDS = 8,
 	LINE_BYTES = 64,
-	ROW_COUNTERS = 32,      /* 4 rows of 2 words of 16 counters */
-	COUNTER_MAX = 15,
-	BYTES_PER_KEY = 8,      /* 16 counters; half costs 0.4 points of hits, double gains 0.2 */
-	PERIODS = 10,           /* 5 costs 0.5 points; 20 gains 0.1 but forgets late */
+	COUNTER_BITS = 2,       /* 4 bits, half as many: 0.4 points less */
+	COUNTER_MAX = 3,
+	WORD_COUNTERS = 32,
+	ROW_WORDS = LINE_WORDS / ROWS,
+	ROW_COUNTERS = ROW_WORDS * WORD_COUNTERS,
+	KEY_COUNTERS = 8,       /* per key of the capacity: 2 bytes */
+	PERIODS = 10,           /* 5 costs 0.4 points, 20 costs 0.2 */
 	AGE_LINES = 8,
 	TIE_SHIFT = 7,          /* one tie in 128 goes to the candidate */
 };
 
 struct mp_sketch {
 	uint64_t (*lines)[LINE_WORDS];
-	uint64_t line_mask;
+	uint64_t line_count;
 	uint64_t seed;
 	uint64_t period;        /* accesses between two halvings */
 	uint64_t accesses;      /* since the last halving began */
-	uint64_t age_cursor;    /* next line to halve; line_mask + 1: no halving under way */
+	uint64_t age_cursor;    /* next line to halve; line_count: no halving under way */
 	uint64_t ages;
 };
 
@@ -52,12 +55,11 @@ uint64_t mp_mix(uint64_t value)
 struct mp_sketch *mp_sketch_new(uint64_t capacity, uint64_t seed)
 {
 	struct mp_sketch *sketch;
-	uint64_t line_count = 1;
+	uint64_t line_count;
 	void *lines;
 
 	assert(capacity > 0 && capacity <= UINT32_MAX);
-	while (line_count * LINE_BYTES < capacity * BYTES_PER_KEY)
-		line_count *= 2;
+	line_count = capacity * KEY_COUNTERS * COUNTER_BITS / 8 / LINE_BYTES + 1;
 	sketch = calloc(1, sizeof(*sketch));
 	if (sketch == NULL)
 		return NULL;
@@ -70,7 +72,7 @@ struct mp_sketch *mp_sketch_new(uint64_t capacity, uint64_t seed)
 		return NULL;
 	}
 	sketch->lines = lines;
-	sketch->line_mask = line_count - 1;
+	sketch->line_count = line_count;
 	sketch->age_cursor = line_count;
 	sketch->period = capacity * PERIODS;
 	sketch->seed = mp_mix(seed + 0x9e3779b97f4a7c15ULL);
@@ -85,8 +87,8 @@ void mp_sketch_free(struct mp_sketch *sketch)
 	free(sketch);
 }
 
-/* Four counters of one line: word and bit position of each. The top bits choose the line, the
- * low 20 the counters. */
+/* A counter per row of one line: word and bit position of each. The top bits choose the line, the
+ * low 14 the counters. */
 struct place { uint64_t *line; unsigned int word[ROWS]; unsigned int shift[ROWS]; };
 
 static struct place place_of(const struct mp_sketch *sketch, uint64_t key)
@@ -94,12 +96,12 @@ static struct place place_of(const struct mp_sketch *sketch, uint64_t key)
 	uint64_t hash = mp_mix(key ^ sketch->seed);
 	struct place place;
 
-	place.line = sketch->lines[(hash >> 20) & sketch->line_mask];
+	place.line = sketch->lines[(hash >> 32) * sketch->line_count >> 32];
 	for (unsigned int row = 0; row < ROWS; row++) {
-		unsigned int counter = (unsigned int)(hash >> (5 * row)) % ROW_COUNTERS;
+		unsigned int counter = (unsigned int)(hash >> (7 * row)) % ROW_COUNTERS;
 
-		place.word[row] = row * 2 + counter / 16;
-		place.shift[row] = counter % 16 * 4;
+		place.word[row] = row * ROW_WORDS + counter / WORD_COUNTERS;
+		place.shift[row] = counter % WORD_COUNTERS * COUNTER_BITS;
 	}
 	return place;
 }
@@ -133,12 +135,23 @@ static void raise_to(struct place *place, unsigned int frequency)
 
 static void halve_some_lines(struct mp_sketch *sketch)
 {
-	for (unsigned int n = 0; n < AGE_LINES && sketch->age_cursor <= sketch->line_mask; n++) {
+	for (unsigned int n = 0; n < AGE_LINES && sketch->age_cursor < sketch->line_count; n++) {
 		uint64_t *line = sketch->lines[sketch->age_cursor++];
 
 		for (unsigned int word = 0; word < LINE_WORDS; word++)
 			if (line[word] != 0) /* a line never used stays unbacked */
-				line[word] = (line[word] >> 1) & 0x7777777777777777ULL;
+				line[word] = (line[word] >> 1) & 0x5555555555555555ULL;
+	}
+}
+
+void mp_sketch_count_elsewhere(struct mp_sketch *sketch)
+{
+	if (sketch->age_cursor < sketch->line_count)
+		halve_some_lines(sketch);
+	if (++sketch->accesses >= sketch->period && sketch->age_cursor >= sketch->line_count) {
+		sketch->accesses = 0;
+		sketch->age_cursor = 0;
+		sketch->ages++;
 	}
 }
 
@@ -149,21 +162,14 @@ void mp_sketch_count(struct mp_sketch *sketch, uint64_t key)
 
 	if (frequency < COUNTER_MAX)
 		raise_to(&place, frequency + 1);
-	if (sketch->age_cursor <= sketch->line_mask)
-		halve_some_lines(sketch);
-	if (++sketch->accesses >= sketch->period && sketch->age_cursor > sketch->line_mask) {
-		sketch->accesses = 0;
-		sketch->age_cursor = 0;
-		sketch->ages++;
-	}
+	mp_sketch_count_elsewhere(sketch);
 }
 
 void mp_sketch_raise(struct mp_sketch *sketch, uint64_t key, unsigned int frequency)
 {
 	struct place place = place_of(sketch, key);
 
-	assert(frequency <= COUNTER_MAX);
-	raise_to(&place, frequency);
+	raise_to(&place, frequency < COUNTER_MAX ? frequency : COUNTER_MAX);
 }
 
 unsigned int mp_sketch_estimate(const struct mp_sketch *sketch, uint64_t key)
@@ -180,7 +186,7 @@ uint64_t mp_sketch_ages(const struct mp_sketch *sketch)
 
 uint64_t mp_sketch_memory_bytes(const struct mp_sketch *sketch)
 {
-	return sizeof(*sketch) + (sketch->line_mask + 1) * LINE_BYTES;
+	return sizeof(*sketch) + sketch->line_count * LINE_BYTES;
 }
 
 int mp_duel(unsigned int candidate_frequency, unsigned int victim_frequency, uint64_t *random)

@@ -179,8 +179,7 @@ static void verify(struct part *part)
 		if (source->kind == SOURCE_LOG && found != source->checksum)
 			log_block_bad(read, i);
 		else if (source->kind == SOURCE_SLOT) {
-			uint32_t low = (uint32_t)found ? (uint32_t)found : 1;
-			if (low != source->checksum)
+			if (mp_slots_checksum(found) != source->checksum)
 				slot_block_bad(read, i);
 			else if (source->restored)
 				mp_slots_verified(engine->slots, source->place,

@@ -201,10 +201,9 @@ static uint32_t promote(struct mp_engine *engine, const struct mp_extent *extent
 	promotion->first_block = block;
 	promotion->count = claimed;
 	promotion->address = address;
-	for (i = 0; i < claimed; i++) {
-		uint32_t low = (uint32_t)extent->checksum[block - extent->first_block + i];
-		promotion->checksums[i] = low ? low : 1;
-	}
+	for (i = 0; i < claimed; i++)
+		promotion->checksums[i] =
+			mp_slots_checksum(extent->checksum[block - extent->first_block + i]);
 	promotion->iov.iov_base = (void *)(uintptr_t)data;
 	promotion->iov.iov_len = (size_t)claimed * MP_BLOCK_BYTES;
 	promotion->io.op = MP_OP_WRITE;

@@ -3,10 +3,10 @@
  *
  * Pure state, no I/O: the engine reads and writes slots and tells the table. Engine thread only.
  * A slot holds slot_blocks consecutive blocks of one origin, aligned to slot_blocks, validity per
- * block. RAM: 16 bytes per slot (packed) + 4 bytes (checksum) per block + the sketch. Checksum 0
- * means: known to be zeroes, nothing stored. Policy: frequency decides and fades: a 4-bit counting
- * sketch with ageing, an admission duel (candidate against CLOCK's victim), 2-bit counter per slot;
- * O(1) per access.
+ * block. RAM: at most 16 bytes per slot + 4 bytes per block, all of it, beside some KiB. Checksum 0
+ * means: known to be zeroes, nothing stored. Policy: frequency decides and fades: a 4-bit counter
+ * per slot, a counting sketch for what has no slot, an admission duel (candidate against CLOCK's
+ * victim); O(1) per access.
  */
 #ifndef MILLPOND_SLOTS_H
 #define MILLPOND_SLOTS_H
@@ -21,12 +21,14 @@ struct mp_slots_counters { uint64_t used_slots, valid_blocks, evictions, admitte
 /* NULL: errno */
 struct mp_slots *mp_slots_new(uint32_t slot_count, uint32_t slot_blocks, uint64_t seed);
 void mp_slots_free(struct mp_slots *slots);
-/* The slot that holds this block validly, or -1. checksum: 32 bits; restored: 1 when the entry came
- * from a checkpoint and was not yet seen to verify (a mismatch is then staleness, not
- * corruption). */
+/* What a slot keeps of a block's checksum: 31 bits, never 0. Whoever compares, compares this. */
+uint32_t mp_slots_checksum(uint64_t checksum);
+/* The slot that holds this block validly, or -1. checksum: see mp_slots_checksum; restored: 1 when
+ * the entry came from a checkpoint and was not yet seen to verify (a mismatch is then staleness,
+ * not corruption). */
 int64_t mp_slots_find(const struct mp_slots *slots, uint32_t origin, uint64_t block,
 		      uint32_t *checksum, int *restored);
-/* no longer restored */
+/* no longer restored; nothing where it is no longer valid */
 void mp_slots_verified(struct mp_slots *slots, int64_t slot, uint64_t block);
 /* one access, hit or miss */
 void mp_slots_touch(struct mp_slots *slots, uint32_t origin, uint64_t block);
@@ -39,10 +41,11 @@ unsigned int mp_slots_frequency(const struct mp_slots *slots, uint32_t origin, u
  * is just unpinned. */
 int64_t mp_slots_reserve(struct mp_slots *slots, uint32_t origin, uint64_t block);
 /* The data is in the slot: the block becomes valid, unless it was invalidated since its reserve.
+ * checksum: 0 for zeroes, else mp_slots_checksum of it is kept.
  * Slot must be reserved (pinned) for this key; the pin stays. */
 void mp_slots_install(struct mp_slots *slots, int64_t slot, uint64_t block, uint32_t checksum);
 /* I/O in flight: not evicted, not refilled. find and reserve say -1 from 192 pins on, so up to 63
- * pins may follow one find. */
+ * pins, of as many slots, may follow one find. */
 void mp_slots_pin(struct mp_slots *slots, int64_t slot);
 void mp_slots_unpin(struct mp_slots *slots, int64_t slot);
 int mp_slots_pins(const struct mp_slots *slots, int64_t slot);
@@ -53,8 +56,8 @@ void mp_slots_invalidate(struct mp_slots *slots, uint32_t origin, uint64_t first
 uint64_t mp_slots_sweep(struct mp_slots *slots, uint32_t origin, uint64_t first_block,
 			uint64_t block_count, uint64_t cursor, uint32_t budget);
 /* Checkpoint: entries [first, first + count) as struct mp_slot_entry each followed by slot_blocks
- * uint32 checksums. load: entries are marked restored; malformed ones are skipped. heat seeds the
- * sketch. load only into a new table, ascending, without overlap. */
+ * uint32 checksums. load: entries are marked restored; malformed ones are skipped. load
+ * only into a new table, ascending, without overlap. */
 uint64_t mp_slots_entry_bytes(const struct mp_slots *slots);
 void mp_slots_save(const struct mp_slots *slots, uint64_t first, uint64_t count, void *out);
 void mp_slots_load(struct mp_slots *slots, uint64_t first, uint64_t count, const void *in);

@@ -16,6 +16,11 @@
 
 #include <assert.h>
 
+static void set_in_window(struct slot *slot, int on)
+{
+	slot->link = on ? slot->link | LINK_WINDOW : slot->link & ~LINK_WINDOW;
+}
+
 static uint32_t pop_window(struct mp_slots *slots)
 {
 	uint32_t index = slots->window[slots->window_head];
@@ -38,8 +43,8 @@ void slots_enter_window(struct mp_slots *slots, uint32_t index)
 	/* Full only while free slots exist: the oldest joins the others without a duel, nobody
 	 * has to go. */
 	if (slots->window_used == slots->window_size)
-		slot_flag(&slots->table[pop_window(slots)], SLOT_WINDOW, 0);
-	slot_flag(&slots->table[index], SLOT_WINDOW, 1);
+		set_in_window(&slots->table[pop_window(slots)], 0);
+	set_in_window(&slots->table[index], 1);
 	push_window(slots, index);
 }
 
@@ -55,51 +60,55 @@ static uint32_t window_candidate(struct mp_slots *slots, uint32_t origin, int *i
 			return SLOT_NONE;
 		index = pop_window(slots);
 		slots->counters.looks++;
-		if (!slot_is(&slots->table[index], SLOT_WINDOW))
+		if (!slot_is_in_window(&slots->table[index]))
 			continue;
 		if (slots_is_protected(slots, index, origin)) {
-			slot_flag(&slots->table[index], SLOT_WINDOW, 0);
+			set_in_window(&slots->table[index], 0);
 			continue;
 		}
-		if (slots->table[index].pins == 0)
+		if (slots_pin_of(&slots->pins, index) == NULL)
 			return index;
 		push_window(slots, index);
 	}
 	return SLOT_NONE;
 }
 
-/* The first slot outside the window without heat and pins; else the coolest seen. Each look
- * cools by one. */
+/* The better of two victims: what is used less, then the earlier. */
+static uint32_t least(const struct mp_slots *slots, uint32_t victim, uint32_t index)
+{
+	return victim == SLOT_NONE || slot_frequency(&slots->table[index]) <
+					      slot_frequency(&slots->table[victim])
+		       ? index
+		       : victim;
+}
+
+/* The least frequent of the next CLOCK_CHOICE slots outside the window that could go. */
 static uint32_t clock_victim(struct mp_slots *slots, uint32_t origin)
 {
-	uint32_t coolest = SLOT_NONE;
-	unsigned int coolest_heat = HEAT_MAX + 1;
+	uint32_t victim = SLOT_NONE;
 
-	for (unsigned int look = 0; look < CLOCK_LOOKS; look++) {
+	for (unsigned int look = 0, met = 0; look < CLOCK_LOOKS && met < CLOCK_CHOICE; look++) {
 		uint32_t index = slots->hand;
-		struct slot *slot = &slots->table[index];
-		unsigned int heat = slot_heat(slot);
+		const struct slot *slot = &slots->table[index];
 
 		slots->hand = index + 1 == slots->slot_count ? 0 : index + 1;
 		slots->counters.looks++;
-		if (!slot_is(slot, SLOT_USED) || slot_is(slot, SLOT_WINDOW) || slot->pins > 0 ||
+		if (!slot_is_used(slot) || slot_is_in_window(slot) ||
+		    slots_pin_of(&slots->pins, index) != NULL ||
 		    slots_is_protected(slots, index, origin))
 			continue;
-		if (heat == 0)
-			return index;
-		slot->heat_flags--; /* heat is the low bits and above zero */
-		if (heat < coolest_heat) {
-			coolest_heat = heat;
-			coolest = index;
-		}
+		met++;
+		victim = least(slots, victim, index);
+		if (slot_frequency(&slots->table[victim]) == 0)
+			break;
 	}
-	return coolest;
+	return victim;
 }
 
 static int candidate_wins(struct mp_slots *slots, uint32_t candidate, uint32_t victim)
 {
-	return mp_duel(mp_sketch_estimate(slots->sketch, slots->table[candidate].key),
-		       mp_sketch_estimate(slots->sketch, slots->table[victim].key), &slots->random);
+	return mp_duel(slot_frequency(&slots->table[candidate]),
+		       slot_frequency(&slots->table[victim]), &slots->random);
 }
 
 uint32_t slots_evict(struct mp_slots *slots, uint32_t origin)
@@ -112,7 +121,7 @@ uint32_t slots_evict(struct mp_slots *slots, uint32_t origin)
 		victim = clock_victim(slots, origin);
 	if (candidate != SLOT_NONE) {
 		/* Either way it has left the ring. */
-		slot_flag(&slots->table[candidate], SLOT_WINDOW, 0);
+		set_in_window(&slots->table[candidate], 0);
 		if (victim == SLOT_NONE || !candidate_wins(slots, candidate, victim))
 			victim = candidate;
 	}
@@ -123,34 +132,29 @@ uint32_t slots_evict(struct mp_slots *slots, uint32_t origin)
 	return victim;
 }
 
-/* An origin at its maximum makes room among its own: a clock of its own that passes over, and does
- * not cool, what others hold. Where it meets none within its looks, the newcomer is not admitted:
- * the smaller a share, the more it takes to get in. */
+/* An origin at its maximum makes room among its own: a clock of its own that passes over what
+ * others hold. Where it meets none within its looks, the newcomer is not admitted: the smaller a
+ * share, the more it takes to get in. */
 uint32_t slots_evict_own(struct mp_slots *slots, uint32_t origin)
 {
 	struct owner *owner = slots_owner(slots, origin);
-	uint32_t coolest = SLOT_NONE;
-	unsigned int coolest_heat = HEAT_MAX + 1;
+	uint32_t victim = SLOT_NONE;
 
-	for (unsigned int look = 0; look < CLOCK_LOOKS && coolest_heat > 0; look++) {
+	for (unsigned int look = 0, met = 0; look < CLOCK_LOOKS && met < CLOCK_CHOICE; look++) {
 		uint32_t index = owner->hand;
-		struct slot *slot = &slots->table[index];
+		const struct slot *slot = &slots->table[index];
 
 		owner->hand = index + 1 >= slots->fresh ? 0 : index + 1;
 		slots->counters.looks++;
-		if (!slot_is(slot, SLOT_USED) || slot->pins > 0 ||
-		    slot->key >> KEY_UNIT_BITS != origin)
+		if (!slot_is_used(slot) || slot_origin(slot) != origin ||
+		    slots_pin_of(&slots->pins, index) != NULL)
 			continue;
-		if (slot_heat(slot) < coolest_heat) {
-			coolest_heat = slot_heat(slot);
-			coolest = index;
-		}
-		if (slot_heat(slot) > 0)
-			slot->heat_flags--;
+		met++;
+		victim = least(slots, victim, index);
 	}
-	if (coolest == SLOT_NONE)
+	if (victim == SLOT_NONE)
 		return SLOT_NONE;
-	slots_vacate(slots, coolest);
+	slots_vacate(slots, victim);
 	slots->counters.evictions++;
-	return coolest;
+	return victim;
 }

@@ -76,7 +76,7 @@ struct owner *slots_owner(struct mp_slots *slots, uint32_t origin)
 
 int slots_is_protected(struct mp_slots *slots, uint32_t index, uint32_t from_origin)
 {
-	uint32_t origin = (uint32_t)(slots->table[index].key >> KEY_UNIT_BITS);
+	uint32_t origin = slot_origin(&slots->table[index]);
 	const struct owner *owner;
 
 	if (slots->minimums == 0)

@@ -9,6 +9,11 @@ from dataclasses import dataclass, field
 PINS_BUSY = 192
 
 
+def kept(checksum: int) -> int:
+    """What a slot keeps of a block's checksum: 31 bits, of which 0 to 3 mean something else."""
+    return 0 if checksum == 0 else max(checksum % 2**31, 4)
+
+
 @dataclass
 class Block:
     """What is known of one block of a slot."""
@@ -85,7 +90,7 @@ class SlotsModel:
         """A fill is complete."""
         entry = self.slots[index].blocks.setdefault(block, Block())
         if not entry.stale:
-            entry.checksum = checksum
+            entry.checksum = kept(checksum)
             entry.claimed = entry.restored = False
 
     def pin(self, index: int) -> None:

@@ -25,39 +25,39 @@ def new(capacity: int, seed: int = 1) -> Any:
     seed=st.integers(0, 2**64 - 1),
 )
 def test_never_below_the_true_count_before_fading(keys: list[int], seed: int) -> None:
-    """Collisions only overestimate; 15 is the top."""
+    """Collisions only overestimate; 3 is the top."""
     sketch = new(capacity=32, seed=seed)  # fades after 320 accesses
     for key in keys:
         lib.mp_sketch_count(sketch, key)
     for key, count in Counter(keys).items():
-        assert min(count, 15) <= lib.mp_sketch_estimate(sketch, key) <= 15
+        assert min(count, 3) <= lib.mp_sketch_estimate(sketch, key) <= 3
 
 
 def test_overestimates_are_rare_at_the_load_it_is_made_for() -> None:
-    """A thousand keys in a sketch for a thousand: nearly all estimates are exact."""
+    """A thousand keys in a sketch for a thousand: one in twenty is too high, by collision."""
     sketch = new(1000)
     keys = [random.Random(1).getrandbits(64) ^ n for n in range(1000)]
     for key in keys:
-        for _ in range(key % 5):
+        for _ in range(key % 4):
             lib.mp_sketch_count(sketch, key)
-    wrong = sum(lib.mp_sketch_estimate(sketch, key) != key % 5 for key in keys)
-    assert wrong <= 20
+    wrong = sum(lib.mp_sketch_estimate(sketch, key) != key % 4 for key in keys)
+    assert wrong <= 50
 
 
 def test_everything_halves_every_ten_capacities() -> None:
-    """15, 7, 3, 1, 0, while one other key is used all the time."""
+    """3, 1, 0, while one other key is used all the time."""
     capacity = 1000
     sketch = new(capacity)
     for _ in range(20):
         lib.mp_sketch_count(sketch, 42)
     seen = []
-    for _ in range(5):
+    for _ in range(4):
         seen.append(lib.mp_sketch_estimate(sketch, 42))
         for _ in range(10 * capacity):
             lib.mp_sketch_count(sketch, 7)
-    assert seen == [15, 7, 3, 1, 0]
-    assert lib.mp_sketch_ages(sketch) == 5
-    assert lib.mp_sketch_estimate(sketch, 7) >= 7
+    assert seen == [3, 1, 0, 0]
+    assert lib.mp_sketch_ages(sketch) == 4
+    assert lib.mp_sketch_estimate(sketch, 7) >= 1
 
 
 def test_halving_is_spread_over_the_next_accesses() -> None:
@@ -66,34 +66,43 @@ def test_halving_is_spread_over_the_next_accesses() -> None:
     sketch = new(capacity)
     keys = range(500)
     for key in keys:
-        lib.mp_sketch_raise(sketch, key, 8)
+        lib.mp_sketch_raise(sketch, key, 3)
     lines = lib.mp_sketch_memory_bytes(sketch) // 64
     for _ in range(10 * capacity):
         lib.mp_sketch_count(sketch, 10**9)
     assert lib.mp_sketch_ages(sketch) == 1
-    left = [sum(lib.mp_sketch_estimate(sketch, key) == 8 for key in keys)]
+    left = [sum(lib.mp_sketch_estimate(sketch, key) == 3 for key in keys)]
     for _ in range(lines // 8 + 1):
         lib.mp_sketch_count(sketch, 10**9)
-        left.append(sum(lib.mp_sketch_estimate(sketch, key) == 8 for key in keys))
+        left.append(sum(lib.mp_sketch_estimate(sketch, key) == 3 for key in keys))
     assert left[0] == len(keys)
     assert left[-1] == 0
-    assert max(before - after for before, after in pairwise(left)) <= 20
+    assert max(before - after for before, after in pairwise(left)) <= 40
 
 
 @given(first=st.integers(0, 15), second=st.integers(0, 15))
 def test_raise_is_a_maximum(first: int, second: int) -> None:
-    """Seeding from a checkpoint never lowers what is known."""
+    """What leaves its slot never lowers what is known."""
     sketch = new(64)
     lib.mp_sketch_raise(sketch, 5, first)
     lib.mp_sketch_raise(sketch, 5, second)
-    assert lib.mp_sketch_estimate(sketch, 5) == max(first, second)
+    assert lib.mp_sketch_estimate(sketch, 5) == min(max(first, second), 3)
 
 
 @pytest.mark.parametrize("capacity", [1, 2, 7, 1000, 10**6])
-def test_memory_is_between_8_and_16_bytes_per_key(capacity: int) -> None:
-    """A power of two of 64-byte lines."""
+def test_memory_is_2_bytes_per_key(capacity: int) -> None:
+    """As many 64-byte lines as that needs, a power of two or not."""
     used = lib.mp_sketch_memory_bytes(new(capacity))
-    assert 8 * capacity <= used <= 16 * capacity + 256
+    assert 2 * capacity <= used <= 2 * capacity + 256
+
+
+def test_accesses_counted_elsewhere_fade_what_is_here() -> None:
+    """Who keeps a key's count in its slot tells the sketch that time passes."""
+    sketch = new(1000)
+    lib.mp_sketch_raise(sketch, 5, 3)
+    for _ in range(11_000):
+        lib.mp_sketch_count_elsewhere(sketch)
+    assert lib.mp_sketch_estimate(sketch, 5) == 1
 
 
 def test_collisions_of_one_seed_do_not_help_with_another() -> None:
@@ -102,7 +111,7 @@ def test_collisions_of_one_seed_do_not_help_with_another() -> None:
     for _ in range(9):
         lib.mp_sketch_count(ours, 1)
         lib.mp_sketch_count(theirs, 1)
-    # In a sketch of 2 KiB, keys that share all four counters with key 1 are found by trying.
+    # In a sketch of 576 bytes, keys that share both counters with key 1 are found by trying.
     found = [k for k in range(2, 400_000) if lib.mp_sketch_estimate(ours, k) > 0][:50]
     assert sum(lib.mp_sketch_estimate(theirs, k) > 0 for k in found) <= 1
 

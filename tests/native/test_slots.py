@@ -4,6 +4,7 @@ The machine drives the C table and the model through the same steps; the model c
 answer.  Below it: memory, scan resistance, fading, bounded work, hostile checkpoints.
 """
 
+import random
 import struct
 from collections.abc import Callable
 from typing import Any
@@ -14,12 +15,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from millpond.native import ffi, lib
-from models.slots_model import PINS_BUSY, SlotsModel
+from models.slots_model import PINS_BUSY, SlotsModel, kept
 
 UINT64_MAX = 2**64 - 1
 ORIGINS = st.integers(1, 2)
 BLOCKS = st.integers(0, 23)
 COUNTS = st.integers(0, 40) | st.just(UINT64_MAX)
+# Near every value that means something in a block's word, and any other.
+CHECKSUMS = st.sampled_from(
+    [base + n for base in (0, 2**31, 2**32 - 6) for n in range(6)] + [2**31 - 1, 0x12345678]
+)
 
 
 def find(table: Any, origin: int, block: int) -> tuple[int, int, bool] | None:
@@ -109,7 +114,7 @@ class SlotsMachine(RuleBasedStateMachine):
             self.fills.append((got, block))
 
     @precondition(lambda self: self.fills)
-    @rule(data=st.data(), checksum=st.integers(0, 2**32 - 1), fails=st.booleans())
+    @rule(data=st.data(), checksum=CHECKSUMS, fails=st.booleans())
     def complete_fill(self, data: st.DataObject, checksum: int, fails: bool) -> None:
         """A fill ends, well or not."""
         slot, block = self.fills.pop(data.draw(st.integers(0, len(self.fills) - 1)))
@@ -118,6 +123,18 @@ class SlotsMachine(RuleBasedStateMachine):
             self.model.install(slot, block, checksum)
         lib.mp_slots_unpin(self.table, slot)
         self.model.unpin(slot)
+
+    @rule(origin=ORIGINS, first=BLOCKS, count=st.integers(1, 6), checksum=CHECKSUMS)
+    def fill(self, origin: int, first: int, count: int, checksum: int) -> None:
+        """Whole fills, so that every run has blocks to lose."""
+        for block in range(first, min(first + count, 24)):
+            got = lib.mp_slots_reserve(self.table, origin, block)
+            self.model.reserve(origin, block, got)
+            if got >= 0:
+                lib.mp_slots_install(self.table, got, block, checksum)
+                self.model.install(got, block, checksum)
+                lib.mp_slots_unpin(self.table, got)
+                self.model.unpin(got)
 
     @rule(origin=ORIGINS, block=BLOCKS, pins=st.sampled_from([1, 1, 1, PINS_BUSY]))
     def start_read(self, origin: int, block: int, pins: int) -> None:
@@ -199,19 +216,77 @@ SlotsMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=
 TestSlotsMachine = SlotsMachine.TestCase
 
 
-@pytest.mark.parametrize("slot_blocks", [1, 4, 16])
-@pytest.mark.parametrize("slot_count", [65536, 100_000, 131_071])
-def test_memory_is_16_bytes_per_slot_and_4_per_block_and_little_more(
-    slot_count: int, slot_blocks: int
-) -> None:
-    """Beside the sketch: 8 bytes per slot for chains, window and restored marks."""
-    table = new(slot_count, slot_blocks)
-    sketch = lib.mp_sketch_new(slot_count, 1)
-    sketch_bytes = lib.mp_sketch_memory_bytes(sketch)
-    lib.mp_sketch_free(sketch)
-    per_slot = (lib.mp_slots_memory_bytes(table) - sketch_bytes) / slot_count
-    assert per_slot <= 16 + 4 * slot_blocks + 8
-    assert sketch_bytes <= 16 * slot_count + 4096
+@pytest.mark.parametrize("slot_blocks", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("slot_count", [1, 1000, 65_536, 100_000, 131_071, 262_145, 1_000_003])
+def test_memory_is_16_bytes_per_slot_and_4_per_block(slot_count: int, slot_blocks: int) -> None:
+    """All of it, sketch and heads too; what does not grow with the slots is 16 KiB at most."""
+    used = lib.mp_slots_memory_bytes(new(slot_count, slot_blocks))
+    assert used <= (16 + 4 * slot_blocks) * slot_count + 16 * 1024
+
+
+def test_pins_cost_memory_only_while_they_are_there() -> None:
+    """Ten thousand slots pinned at once and let go in another order: pins and slots are right."""
+    slot_count = 20_000
+    table = new(slot_count)
+    for block in range(slot_count):
+        access(table, block)
+    before = lib.mp_slots_memory_bytes(table)
+    slots = [find(table, 1, block) for block in range(10_000)]
+    held = [slot[0] for slot in slots if slot is not None]
+    assert len(held) == 10_000
+    for slot in held + held[::3]:
+        lib.mp_slots_pin(table, slot)
+    assert lib.mp_slots_memory_bytes(table) <= before + 10_000 * 8 * 4
+    random.Random(1).shuffle(held)
+    twice = {slots[n][0] for n in range(0, 10_000, 3)}  # type: ignore[index]
+    for count, slot in enumerate(held):
+        assert lib.mp_slots_pins(table, slot) == (2 if slot in twice else 1)
+        lib.mp_slots_unpin(table, slot)
+        assert lib.mp_slots_pins(table, slot) == (slot in twice)
+        if count % 100 == 0:
+            assert all(lib.mp_slots_pins(table, other) > 0 for other in held[count + 1 :: 97])
+
+
+@pytest.mark.parametrize("checksum", [0, 1, 2, 3, 4, 5, 2**31, 2**31 + 3, 2**32, 2**63 + 2**31])
+def test_a_checksum_never_reads_as_zeroes_and_zeroes_never_as_data(checksum: int) -> None:
+    """Whatever the checksum of data is, what a slot keeps of it is not 0, and 0 stays 0."""
+    table = new(4)
+    of_data = lib.mp_slots_checksum(checksum)
+    assert of_data == kept(checksum % 2**32 or 1)
+    assert of_data == lib.mp_slots_checksum(of_data) != 0
+    for block, told in ((1, of_data), (2, 0)):
+        slot = lib.mp_slots_reserve(table, 1, block)
+        lib.mp_slots_install(table, slot, block, told)
+        lib.mp_slots_unpin(table, slot)
+    again = new(4)
+    load(again, saved(table, 4), 4)
+    assert [found[1:] for n in (1, 2) if (found := find(table, 1, n))] == [
+        (of_data, False),
+        (0, False),
+    ]
+    assert [found[1:] for n in (1, 2) if (found := find(again, 1, n))] == [
+        (of_data, True),
+        (0, True),
+    ]
+
+
+def test_a_restored_block_verifies_after_it_was_invalidated() -> None:
+    """Read, overwritten meanwhile, read completes: its slot is gone and that is no mistake."""
+    table = new(2)
+    access(table, 5)
+    again = new(2)
+    load(again, saved(table, 2), 2)
+    slot = lib.mp_slots_reserve(again, 1, 6)
+    lib.mp_slots_unpin(again, slot)
+    hit = find(again, 1, 5)
+    assert hit is not None
+    assert hit[2]
+    lib.mp_slots_pin(again, hit[0])
+    lib.mp_slots_invalidate(again, 1, 5, 1)
+    lib.mp_slots_unpin(again, hit[0])
+    lib.mp_slots_verified(again, hit[0], 5)
+    assert find(again, 1, 5) is None
+    assert counters(again).used_slots == 0
 
 
 @pytest.mark.parametrize("slot_blocks", [1, 16])
@@ -330,6 +405,7 @@ def entry(key: int, valid: int = 1, heat: int = 0, hole: int = 0, hole2: int = 0
         entry((1 << 40) + 5, hole=1),
         entry((1 << 40) + 5, hole2=1),
         entry(UINT64_MAX),
+        entry((1 << 40) + (1 << 37) + 7),  # beyond what a slot's key can name
         entry((1 << 40) + 1),  # the same key as the sound one before it
     ],
 )
@@ -358,15 +434,19 @@ def test_frequencies_survive_a_restart() -> None:
 
 
 def test_a_block_beyond_what_a_key_can_name_is_never_cached() -> None:
-    """4 PiB at 4 KiB slots: a miss for ever, not another block's data."""
+    """256 TiB at 4 KiB slots: a miss for ever, not another block's data."""
     table = new(4)
     access(table, 0)
-    far = 1 << 40
+    far = 1 << 36
     assert access(table, far) is False
     assert access(table, far) is False
     assert find(table, 1, 0) is not None
     lib.mp_slots_invalidate(table, 1, far, UINT64_MAX)
     assert find(table, 1, 0) is not None
+    assert not access(table, far - 1)
+    assert access(table, far - 1)
+    assert access(table, far - 1, origin=0xFFFFFE) is False
+    assert access(table, far - 1, origin=0xFFFFFE)
 
 
 def test_same_seed_same_decisions() -> None:
@@ -383,7 +463,7 @@ def test_same_seed_same_decisions() -> None:
     "make",
     [
         lambda: lib.mp_slots_new(0, 1, 1),
-        lambda: lib.mp_slots_new(2**32 - 1, 1, 1),
+        lambda: lib.mp_slots_new(2**31, 1, 1),
         lambda: lib.mp_slots_new(8, 0, 1),
         lambda: lib.mp_slots_new(8, 3, 1),
         lambda: lib.mp_slots_new(8, 32, 1),
