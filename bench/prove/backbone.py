@@ -271,7 +271,8 @@ def idle() -> Outcome:
 )
 def soaked() -> Outcome:
     """MILLPOND_SOAK_S=28800 for all of it."""
-    with farm("soak", cache_size="1GiB", log_size="256MiB") as made:
+    sizes = {"cache_size": "512MiB", "log_size": "128MiB", "page_cache": soak.PAGE_CACHE}
+    with farm("soak", **sizes) as made:
         levels = soak.run(made)
     figure = "; ".join(str(level) for level in levels)
     return Outcome(f"MILLPOND_SOAK_S={soak.duration_s():.0f} {MAKE}soak", figure, all(levels))
