@@ -111,6 +111,7 @@ class Farm:
         log_size: str,
         stores: int = 1,
         slot_size: str = "16K",
+        page_cache: str | None = None,
         arguments: Sequence[str] = (),
     ) -> None:
         directory.mkdir(parents=True)
@@ -121,7 +122,11 @@ class Farm:
         for number in range(stores):
             path = directory / f"store{number}"
             path.mkdir()
-            command: list[str | Path] = ["store", "serve", path, "--format"]
+            settings = directory / f"store{number}.toml"
+            table = {"directory": str(path)} | ({"page_cache": page_cache} if page_cache else {})
+            lines = [f"{name} = {json.dumps(value)}" for name, value in table.items()]
+            settings.write_text("\n".join(["[store]", *lines, ""]))
+            command: list[str | Path] = ["store", "serve", "--config", settings, "--format"]
             self.stores.append(
                 Process(command, path / "store.sock", directory / f"store{number}.log")
             )

@@ -1,7 +1,7 @@
 """The control socket: one JSON object per line in, one per line out.
 
     {"op": "status"}            -> {"ok": true, ...}     see status.py
-    {"op": "volumes"}           -> {"ok": true, "volumes": [...]}
+    {"op": "volumes"}           -> {"ok": true, "volumes": [...], "engine": {...}}: asks no store
     {"op": "flush", "volume": NAME or id, "now": bool}
                                 -> {"ok": true, "id": ..., "destaged_sequence": ..., "target": ...}
                                    shipping hurries; the asker watches "volumes"

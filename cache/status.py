@@ -32,7 +32,7 @@ def handlers_of(daemon: CacheDaemon, ask_to_stop: Callable[[], None]) -> dict[st
         return await status_of(daemon)
 
     async def volumes(request: Request) -> dict[str, Any]:
-        return {"volumes": volumes_of(daemon)}
+        return {"volumes": volumes_of(daemon), "engine": daemon.engine.counters()}
 
     async def flush(request: Request) -> dict[str, Any]:
         volume = await daemon.find(request.volume)

@@ -154,6 +154,14 @@ class StoreTable(Table, frozen=True, kw_only=True):
             "/var/lib/millpond/store",
         ),
     ]
+    page_cache: Annotated[
+        Size | None,
+        key(
+            "RAM for maps and extent tables: half for pages that a checkpoint has yet to write,"
+            " half for others. 64MiB when not set.",
+            "256MiB",
+        ),
+    ] = None
     listen: Annotated[
         list[str],
         key("Addresses besides that socket, each HOST:PORT or unix:/path.", ["127.0.0.1:7711"]),

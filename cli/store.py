@@ -114,6 +114,7 @@ async def _serve(table: StoreTable, *, format_when_empty: bool) -> None:
         format_when_empty=format_when_empty,
         unix_mode=table.socket_mode,
         unix_group=table.socket_group,
+        page_cache_bytes=table.page_cache or 0,
     )
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

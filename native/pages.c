@@ -90,12 +90,41 @@ static void delist(struct mp_store *store, struct store_page *page)
 	store->dirty_pages--;
 }
 
+/* Pages are cut from slabs: aligned one by one, each costs the heap the 4 KiB in front of the next.
+ * A slab stays until the end; a page that is given back is the next to be taken. */
+static uint8_t *take(struct mp_store *store)
+{
+	struct store_page_memory *memory = &store->page_memory;
+	uint8_t *data = memory->unused;
+
+	if (data) {
+		memcpy(&memory->unused, data, sizeof memory->unused);
+		return data;
+	}
+	if (memory->cut_pages == memory->slab_count * STORE_SLAB_PAGES) {
+		memory->slabs = store_grow(memory->slabs, &memory->slab_capacity,
+					   memory->slab_count + 1, sizeof *memory->slabs);
+		memory->slabs[memory->slab_count++] =
+			store_allocate_aligned(STORE_SLAB_PAGES * MP_PAGE_BYTES);
+	}
+	data = memory->slabs[memory->slab_count - 1];
+	return data + memory->cut_pages++ % STORE_SLAB_PAGES * MP_PAGE_BYTES;
+}
+
+static void put_back(struct mp_store *store, uint8_t *data)
+{
+	struct store_page_memory *memory = &store->page_memory;
+
+	memcpy(data, &memory->unused, sizeof memory->unused);
+	memory->unused = data;
+}
+
 static struct store_page *create(struct mp_store *store, uint64_t place)
 {
 	struct store_page *page = store_allocate(sizeof *page);
 
 	page->place = place;
-	page->data = store_allocate_aligned(MP_PAGE_BYTES);
+	page->data = take(store);
 	hash(store, page);
 	return page;
 }
@@ -104,7 +133,7 @@ static void destroy(struct mp_store *store, struct store_page *page)
 {
 	assert(!page->waiters);
 	unhash(store, page);
-	free(page->data);
+	put_back(store, page->data);
 	free(page->load);
 	free(page);
 }
@@ -321,10 +350,15 @@ void store_pages_trim(struct mp_store *store)
 
 void store_pages_free(struct mp_store *store)
 {
+	struct store_page_memory *memory = &store->page_memory;
+
 	for (uint32_t i = 0; i < STORE_PAGE_BUCKETS; i++) {
 		while (store->pages[i]) {
 			store->pages[i]->waiters = NULL;
 			destroy(store, store->pages[i]);
 		}
 	}
+	for (uint64_t i = 0; i < memory->slab_count; i++)
+		free(memory->slabs[i]);
+	free(memory->slabs);
 }

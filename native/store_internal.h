@@ -21,6 +21,7 @@ enum {
 	/* 9 + 7 * 8 bits of block number: more than 2^64 bytes have */
 	STORE_LEVELS = 8,
 	STORE_PAGE_BUCKETS = 16384,
+	STORE_SLAB_PAGES = 256,             /* whose memory is allocated at once */
 	STORE_VOLUME_BUCKETS = 4096,
 	STORE_CONNECTION_BUCKETS = 256,
 	STORE_GROUP_TARGET_BYTES = 4 << 20, /* collect requests into a group up to here */
@@ -90,6 +91,13 @@ struct store_page {
 	uint8_t state;                     /* enum store_page_state */
 	uint8_t unreferenced;              /* writing: drop it when written */
 	int error;
+};
+
+struct store_page_memory {                 /* for the data of as many as ever were at once */
+	uint8_t **slabs;
+	uint64_t slab_count, slab_capacity;
+	uint64_t cut_pages;                /* taken from slabs, at least once */
+	uint8_t *unused;                   /* given back; begins with the next one's address */
 };
 
 struct store_tree {
@@ -244,6 +252,7 @@ struct mp_store {
 	struct store_page *newest, *oldest;
 	struct store_page *dirty[STORE_LEVELS];
 	struct store_page *missing;
+	struct store_page_memory page_memory;
 	uint64_t clean_pages, dirty_pages, writing_pages, clean_limit, dirty_limit, page_number;
 
 	/* storesegment.c: ascending by id */

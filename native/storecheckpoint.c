@@ -122,6 +122,7 @@ static void freeze(struct mp_store *store)
 {
 	struct store_checkpoint *checkpoint = store_allocate(sizeof *checkpoint);
 	struct store_segment *old = store_segment_find(store, store->super.checkpoint_segment);
+	struct store_ranges emptied;
 	uint64_t group_bytes;
 
 	checkpoint->segment = store->active_meta;
@@ -138,9 +139,11 @@ static void freeze(struct mp_store *store)
 	checkpoint->root = store_checkpoint_encode(store, &checkpoint->root_bytes);
 	assert(root_group_bytes(checkpoint->root_bytes) == group_bytes);
 	checkpoint->commit = store->applied.commit;
+	/* The array of the last checkpoint's, empty since it was durable, takes what dies next. */
 	assert(!store->dying.count);
+	emptied = store->dying;
 	store->dying = store->dead;
-	store->dead = (struct store_ranges){0};
+	store->dead = emptied;
 	store->checkpoint_log_bytes = store->log_bytes;
 	store->checkpoint = checkpoint;
 }

@@ -64,6 +64,7 @@ class StoreDaemon:
         insecure_listen: bool = False,
         format_when_empty: bool = False,
         segment_bytes: int = 0,
+        page_cache_bytes: int = 0,
         unix_mode: int = SOCKET_MODE,
         unix_group: str | int | None = None,
         handshake_timeout_s: float = limits.HANDSHAKE_TIMEOUT_S,
@@ -71,7 +72,8 @@ class StoreDaemon:
     ) -> "StoreDaemon":
         """Open the store in directory and listen on its socket and on every address given.
 
-        segment_bytes: of a newly formatted store, 0 for the default.
+        segment_bytes: of a newly formatted store; page_cache_bytes: see StoreOptions. 0 takes
+        the default.
         """
         addresses = [parse_address(f"unix:{os.path.join(directory, SOCKET_NAME)}")]
         addresses += [parse_address(text) for text in listen]
@@ -79,7 +81,10 @@ class StoreDaemon:
         for address in addresses:
             check_exposure(address, insecure_listen=insecure_listen)
         store = OpenStore(
-            directory, format_when_empty=format_when_empty, segment_bytes=segment_bytes
+            directory,
+            format_when_empty=format_when_empty,
+            segment_bytes=segment_bytes,
+            page_cache_bytes=page_cache_bytes,
         )
         daemon = None
         try:

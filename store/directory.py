@@ -31,7 +31,14 @@ SUPER_BYTES = ffi.sizeof("struct mp_store_super")
 class OpenStore:
     """The core of a directory that we hold, and what has to be given back with it."""
 
-    def __init__(self, directory: str, *, format_when_empty: bool, segment_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        directory: str,
+        *,
+        format_when_empty: bool,
+        segment_bytes: int = 0,
+        page_cache_bytes: int = 0,
+    ) -> None:
         self._lock_fd = lock_directory(directory)
         self._driver: Any = None
         self.core: StoreCore
@@ -48,7 +55,8 @@ class OpenStore:
                         self._driver, new_id(), segment_bytes=segment_bytes or DEFAULT_SEGMENT_BYTES
                     )
                     log.info("store formatted directory=%s", one_line(directory))
-                self.core = StoreCore.open(self._driver, StoreOptions())
+                options = StoreOptions(page_cache_bytes=page_cache_bytes)
+                self.core = StoreCore.open(self._driver, options)
             except StoreOpenError as error:
                 raise StoreError(
                     Code.IO, f"store {one_line(directory)}: {one_line(str(error))}"

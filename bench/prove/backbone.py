@@ -26,7 +26,8 @@ GIB, MIB = 1 << 30, 1 << 20
 BLOCK_BYTES = 4096
 INDEX_BYTES_PER_BLOCK = 32
 SLOT_BYTES, SLOT_BYTES_PER_BLOCK = 16, 4
-RECOVERY_LIMIT_S = 10
+RECOVERY_LIMIT_S, DIRTY_BYTES, KILLS = 10, 10 * GIB, 3
+REPLAYED_BYTES = 480 * MIB  # of the 512 MiB between two checkpoints (native/README-engine.md)
 IDLE_LIMIT_PERCENT = 1.0
 IDLE_S = 20
 OTHERS_KEEP = 0.8
@@ -126,40 +127,53 @@ def samples_until_stalled(made: Farm, name: str, timeout_s: float) -> list[int]:
     "stopped", "four volumes, one store stopped: the others keep 0.8x, it goes on by itself"
 )
 def stopped() -> Outcome:
-    """The others write three times the log."""
+    """The others write three times the log while it slows, and again when it has stalled.
+
+    The log is no larger so that the stopped one gets to the end of its share, half of the log, in
+    three minutes: the last twelfth alone, at less than 128 KiB/s, is one of them. The others stay
+    connected all the time: without a guest they would leave it their minimum, too.
+    """
     shown = f"{MAKE}stopped"
-    log_mib = 512
+    log_mib = 384
     others = ["one", "two", "three"]
-    with farm("stopped", stores=2, cache_size="2GiB", log_size=f"{log_mib}MiB") as made:
+    with farm("stopped", stores=2, cache_size="1GiB", log_size=f"{log_mib}MiB") as made:
         for store in made.stores:
             store.start()
         made.create(others, 4 * GIB, store=0)
         made.create(["stopped"], 4 * GIB, store=1)
         made.cache.start()
+        connected = [connect_soon(made.nbd, name, timeout_s=60) for name in others]
         each = log_mib * MIB
+        others_rate(made, others, each)  # a new log has no segment to be given back first
         background = spawn(made, "stopped", 4 * each)
         before = others_rate(made, others, each)
-        if background.poll():
-            raise SystemExit("the fourth guest got an error while its store was there")
+        if background.poll() is not None:
+            raise SystemExit("the fourth guest ended while its store was there")
         made.stores[1].freeze()
         with ThreadPoolExecutor(1) as pool:
             writing = pool.submit(others_rate, made, others, each)
-            rates = samples_until_stalled(made, "stopped", timeout_s=900)
-            after = writing.result()
-        stalled = not any(rates[-20:])
+            rates = samples_until_stalled(made, "stopped", timeout_s=300)
+            slowing = writing.result()
+        at_stall = made.volume("stopped")["last_sequence"]
+        stuck = others_rate(made, others, each)
+        stalled = made.volume("stopped")["last_sequence"] == at_stall and not any(rates[-20:])
         made.stores[1].thaw()
         wait_for([background])
         ended = background.returncode
         made.wait_destaged()
+        for guest in connected:
+            guest.close()
     peak = max(rates)
     between = sum(0.02 * peak < rate < 0.8 * peak for rate in rates)
     figure = (
-        f"others {after / MIB:.0f} MiB/s, before {before / MIB:.0f}: {after / before:.2f}x; the "
-        f"stopped one: {between} of {len(rates)} tenths of a second between 2 and 80 % of its "
-        f"rate, {'stalled' if stalled else 'never stalled'}, then ended with {ended}"
+        f"others {before / MIB:.0f} MiB/s before, {slowing / MIB:.0f} while it slows "
+        f"({slowing / before:.2f}x), {stuck / MIB:.0f} when it has stalled "
+        f"({stuck / before:.2f}x); the stopped one: {between} of {len(rates)} tenths of a second "
+        f"between 2 and 80 % of its rate, {'stalled' if stalled else 'never stalled'}, then ended "
+        f"with {ended}"
     )
-    passed = after >= OTHERS_KEEP * before and between >= 5 and stalled and ended == 0
-    return Outcome(shown, figure, passed)
+    kept = min(slowing, stuck) >= OTHERS_KEEP * before
+    return Outcome(shown, figure, kept and between >= 5 and stalled and ended == 0)
 
 
 # ---- memory ----
@@ -198,34 +212,59 @@ def ram() -> Outcome:
 # ---- recovery ----
 
 
+def write_until_ripe(made: Farm, guest: subprocess.Popen[bytes]) -> int:
+    """Until 10 GiB are dirty and the next checkpoint is about due; the dirty bytes then.
+
+    What a restart reads again is the log since the last checkpoint, so this is its worst moment.
+    """
+    checkpoints, since_bytes = -1, 0
+    while True:
+        if guest.poll() is not None:
+            raise SystemExit(f"the guest ended with {guest.returncode} before {DIRTY_BYTES} bytes")
+        status = made.status("volumes")
+        engine, (volume,) = status["engine"], status["volumes"]
+        if engine["checkpoints"] != checkpoints:
+            checkpoints, since_bytes = engine["checkpoints"], engine["log_bytes"]
+        replayed_bytes = engine["log_bytes"] - since_bytes
+        if volume["dirty_bytes"] >= DIRTY_BYTES and replayed_bytes >= REPLAYED_BYTES:
+            return int(volume["dirty_bytes"])
+        time.sleep(0.02)
+
+
 @registry.line(
     "recovery", "10 GiB of dirty log: under 10 s from kill -9 to the first served request"
 )
 def recovery() -> Outcome:
-    """The store is frozen while a guest writes; its blocks are random, each written once."""
+    """The store is frozen while a guest writes random blocks; the worst of three kills.
+
+    The log is twice as large, because from half of its share on a guest is slowed.
+    """
     shown = f"{MAKE}recovery"
-    with farm("recovery", cache_size="24GiB", log_size="12GiB") as made:
+    kills: list[tuple[float, float, int, int]] = []
+    with farm("recovery", cache_size="40GiB", log_size="20GiB") as made:
         made.stores[0].start()
         made.create(["disk"], 20 * GIB)
         made.cache.start()
-        job = fio.Job("fill", "randwrite", 64 << 10, 16, 0, 10 * GIB + 256 * MIB)
-        command = fio.arguments(job, runtime_s=None) + made.reach("disk")
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as guest:
-            time.sleep(0.5)  # connected; what is destaged by then is little
-            made.stores[0].freeze()
-            while guest.poll() is None and made.volume("disk")["dirty_bytes"] < 10 * GIB:
-                time.sleep(0.5)
-            dirty = made.volume("disk")["dirty_bytes"]
-            made.cache.kill()  # while the guest writes, if it still does
-            guest.kill()
-        made.stores[0].thaw()
-        read_s, write_s = made.first_request("disk")
-        engine = made.status()["engine"]
+        for _ in range(KILLS):
+            with spawn(made, "disk", 20 * GIB) as guest:
+                try:
+                    time.sleep(0.5)  # connected; what is destaged by then is little
+                    made.stores[0].freeze()
+                    dirty = write_until_ripe(made, guest)
+                    made.cache.kill()  # while the guest writes
+                finally:
+                    guest.kill()
+            made.stores[0].thaw()
+            read_s, write_s = made.first_request("disk")
+            kills.append((read_s, write_s, dirty, made.status()["engine"]["recovered_bytes"]))
+    reads, writes, dirties, replays = zip(*kills, strict=True)
     figure = (
-        f"{dirty / GIB:.1f} GiB dirty: first read after {read_s:.1f} s, first write after "
-        f"{write_s:.1f} s; {engine['recovered_bytes'] / MIB:.0f} MiB of log replayed"
+        f"worst of {KILLS}, {min(dirties) / GIB:.1f} GiB dirty or more: first read after "
+        f"{max(reads):.1f} s, first write after {max(writes):.1f} s; of the log, up to "
+        f"{max(replays) / MIB:.0f} MiB replayed"
     )
-    return Outcome(shown, figure, max(read_s, write_s) < RECOVERY_LIMIT_S and dirty >= 10 * GIB)
+    passed = max(reads + writes) < RECOVERY_LIMIT_S and min(dirties) >= DIRTY_BYTES
+    return Outcome(shown, figure, passed)
 
 
 # ---- idle ----
@@ -271,7 +310,8 @@ def idle() -> Outcome:
 )
 def soaked() -> Outcome:
     """MILLPOND_SOAK_S=28800 for all of it."""
-    with farm("soak", cache_size="1GiB", log_size="256MiB") as made:
+    sizes = {"cache_size": "512MiB", "log_size": "128MiB", "page_cache": soak.PAGE_CACHE}
+    with farm("soak", **sizes) as made:
         levels = soak.run(made)
     figure = "; ".join(str(level) for level in levels)
     return Outcome(f"MILLPOND_SOAK_S={soak.duration_s():.0f} {MAKE}soak", figure, all(levels))

@@ -124,7 +124,7 @@ def test_daemons_serve_what_their_files_say(
     (tmp_path / "store").mkdir()
     (tmp_path / "store.toml").write_text(
         f'[store]\ndirectory = "{tmp_path}/store"\nlisten = ["unix:{tmp_path}/more.sock"]\n'
-        'socket_mode = "0600"\n'
+        'socket_mode = "0600"\npage_cache = "1MiB"\n'
     )
     (tmp_path / "cache.toml").write_text(
         f'[cache]\ndevice = "{tmp_path}/cache"\nstores = ["unix:{tmp_path}/more.sock"]\n'

@@ -1,6 +1,9 @@
 """Space comes back, memory stays bounded, a full disk stalls and recovers."""
 
+import ctypes
 import errno
+import os
+from pathlib import Path
 
 from millpond.native import lib
 from millpond.native.drivers import Op, SimOptions
@@ -144,6 +147,62 @@ def test_page_cache_is_bounded() -> None:
     for index in range(3, 1500, 11):
         assert world.read(index * 2048, 1).data == fill(index)
     assert world.store.counters()["pages_in_memory"] <= 400
+    world.close()
+
+
+def resident_bytes() -> int:
+    """Of this process (proc(5), statm field 2), without what is free on the heap."""
+    ctypes.CDLL(None).malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_pages_in_memory_take_their_size_and_little_more() -> None:
+    """Aligned one by one, each page took 8 KiB of the heap; what is beside pages is little."""
+    world = World(page_cache_bytes=64 << 20, checkpoint_every_bytes=1 << 40)
+    world.format(segment_bytes=64 << 20).open()
+    world.create(blocks=1 << 24)
+    data = bytes([7]) * BLOCK  # compresses well: the simulated disk is memory, too
+    assert world.write([Write(0, data)], first=1) == OK
+    resident, pages = resident_bytes(), world.store.counters()["pages_in_memory"]
+    for first in range(1, 7001, 50):
+        writes = [Write((first + n) * 512, data) for n in range(50)]  # a map leaf each
+        assert world.write(writes, first=first + 1) == OK
+    counters = world.store.counters()
+    assert counters["pages_in_memory"] - pages >= 7000 and counters["checkpoints"] == 0
+    expected = (counters["pages_in_memory"] - pages) * BLOCK
+    assert resident_bytes() - resident <= 1.5 * expected
+    world.close()
+
+
+class HeapUse(ctypes.Structure):
+    """struct mallinfo2 (mallinfo(3)): ten sizes."""
+
+    _fields_ = [("sizes", ctypes.c_size_t * 10)]
+
+
+def heap_bytes() -> int:
+    """Allocated from C and not freed: uordblks and hblkhd."""
+    mallinfo2 = ctypes.CDLL(None).mallinfo2
+    mallinfo2.restype = HeapUse
+    sizes = mallinfo2().sizes
+    return int(sizes[7] + sizes[4])
+
+
+def test_checkpoint_after_checkpoint_keeps_no_memory() -> None:
+    """What died is a list of ranges per checkpoint, some 180 KiB of them here: 20 are 3.6 MiB."""
+    world = World(checkpoint_every_bytes=1 << 40).format().open()
+    world.create(blocks=1 << 13)
+    sequence, used = 1, 0
+    for turn in range(30):
+        for first in range(0, 8192, 512):
+            writes = [Write(first + n, bytes([turn + 1]) * BLOCK) for n in range(512)]
+            assert world.write(writes, first=sequence) == OK
+            sequence += len(writes)
+        assert world.checkpoint() == OK
+        world.settle()
+        if turn == 9:
+            used = heap_bytes()
+    assert heap_bytes() - used < 1 << 20
     world.close()
 
 
