@@ -7,9 +7,9 @@
  * the log, and however many are stuck, there is always something left for the next. Only
  * undestaged data counts: destaged segments are given back when anybody wants them.
  *
- * Slowing: from half of its share on, each byte logged costs its volume time, during which its
- * next data waits in `ready`, holding no log space: nothing at half, doubling at every twelfth of
- * the rest, RATE_FULL at the end. So the guest's rate falls until it is the rate of destage,
+ * Slowing: from three quarters of its share on, each byte logged costs its volume time, during
+ * which its next data waits in `ready`, holding no log space: nothing there, doubling at every
+ * twelfth of the rest, 64 KiB/s at the end. So the guest's rate falls until it is the rate of destage,
  * whatever that is, and stays there: the fill integrates the difference, the law is monotone, so
  * there is nothing to oscillate and nothing to measure. When destage stands still the rate falls by
  * half again and again until the share is full; when it goes on, so does the guest. With a strict
@@ -22,8 +22,8 @@
  */
 #include "engine_internal.h"
 
-/* In 1/65536 of the slow half. */
-enum { PRESSURE_FULL = 65536 };
+/* In 1/65536 of the slow part, which begins at so many quarters of the share, or of the bound. */
+enum { PRESSURE_FULL = 65536, FILL_QUARTERS = 3, AGE_QUARTERS = 2 };
 
 static uint64_t usable_segments(const struct mp_engine *engine)
 {
@@ -234,14 +234,16 @@ uint64_t share_limit_bytes(const struct volume *volume)
 	return volume->share.limit_segments * volume->engine->super.log_segment_bytes;
 }
 
-/* 0 up to half, PRESSURE_FULL at the whole, straight between. */
-static uint64_t upper_half(uint64_t part, uint64_t whole)
+/* 0 up to so many quarters, PRESSURE_FULL at the whole, straight between. */
+static uint64_t pressure_from(uint64_t quarters, uint64_t part, uint64_t whole)
 {
-	if (part <= whole / 2)
+	uint64_t from = whole / 4 * quarters;
+
+	if (part <= from)
 		return 0;
 	if (part >= whole)
 		return PRESSURE_FULL;
-	return (part - whole / 2) * PRESSURE_FULL / (whole - whole / 2);
+	return (part - from) * PRESSURE_FULL / (whole - from);
 }
 
 static uint64_t age_pressure(const struct volume *volume)
@@ -249,12 +251,15 @@ static uint64_t age_pressure(const struct volume *volume)
 	uint64_t bound_ns = volume->share.set.strict_bound_ns;
 
 	/* In microseconds: a bound of a year times PRESSURE_FULL fits. */
-	return bound_ns ? upper_half(volume_age_ns(volume) / 1000, bound_ns / 1000 + 1) : 0;
+	return bound_ns ? pressure_from(AGE_QUARTERS, volume_age_ns(volume) / 1000,
+					bound_ns / 1000 + 1)
+			: 0;
 }
 
 static uint64_t pressure(const struct volume *volume)
 {
-	uint64_t fill = upper_half(share_dirty_bytes(volume), share_limit_bytes(volume));
+	uint64_t fill = pressure_from(FILL_QUARTERS, share_dirty_bytes(volume),
+				      share_limit_bytes(volume));
 	uint64_t age = age_pressure(volume);
 
 	return fill > age ? fill : age;

@@ -150,13 +150,13 @@ def test_a_volume_whose_store_is_away_slows_smoothly_then_waits_then_goes_on(
     assert status.slowed_bytes_per_s == 0
     assert status.dirty_bytes > 0.9 * status.log_share_bytes > 0.6 * LOG_BYTES
     waits = gaps(guest)
-    half = status.log_share_bytes // 2 // (68 * KIB) - 2
-    assert max(waits[:half]) < 1_000_000, "nothing is slowed in the first half"
+    free = status.log_share_bytes * 3 // 4 // (68 * KIB) - 2
+    assert max(waits[:free]) < 1_000_000, "nothing is slowed in the first three quarters"
     # Doubling every twelfth of the rest: each wait is near the one before, all the way.
-    slow = waits[half:]
-    assert len(slow) > 100
+    slow = waits[free:]
+    assert len(slow) > 50
     for before, after in zip(slow, slow[1:], strict=False):
-        assert 0.7 * before - 300_000 < after < 1.3 * before + 300_000
+        assert 0.7 * before - 500_000 < after < 1.3 * before + 500_000
     assert slow[-1] > 500_000_000, "before the wall, a write takes as long as it is near"
     world.stores[NAMES[0]].comes_back(64 * MIB)
     before = guest.answered
@@ -180,7 +180,7 @@ def test_a_guest_settles_at_the_rate_of_destage_without_swinging(world: Shared) 
     assert all(0.85 < a / b < 1.15 for a, b in zip(written, shipped, strict=True)), written
     assert max(written) < 1.4 * min(written), written
     status = world.rig.status(NAMES[0])
-    assert 0.5 < status.dirty_bytes / status.log_share_bytes < 0.95
+    assert 0.75 < status.dirty_bytes / status.log_share_bytes < 0.98
 
 
 def test_reads_flushes_and_trims_pass_a_volume_that_waits_for_destage(world: Shared) -> None:
