@@ -472,6 +472,19 @@ void checkpoint_abandon(struct mp_engine *engine)
 		give_up(engine);
 }
 
+/* What a restart has to read again; twice a large checkpoint, or it would be most of what is
+ * written. */
+void checkpoint_note_log(struct mp_engine *engine, uint64_t bytes)
+{
+	uint64_t limit = 2 * engine->super.checkpoint_length_bytes;
+
+	if (limit < engine->options.checkpoint_every_bytes)
+		limit = engine->options.checkpoint_every_bytes;
+	engine->checkpoint.log_bytes += bytes;
+	if (engine->checkpoint.log_bytes >= limit)
+		engine->checkpoint.wanted = true;
+}
+
 void checkpoint_note_fill(struct mp_engine *engine, uint64_t bytes)
 {
 	uint64_t limit = engine->super.checkpoint_length_bytes * CHECKPOINT_FILLS_FACTOR;

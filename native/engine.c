@@ -192,19 +192,17 @@ static void tell_opened(struct mp_engine *engine)
 
 static void background(struct mp_engine *engine)
 {
-	uint64_t spare;
-
 	rescue_step(engine);
 	cut_step(engine);
 	release_step(engine);
 	if (engine->tombstone_count)
 		sweep_step(engine);
-	/* A checkpoint costs a walk over index and slots: let several segments wait for one, unless
-	 * appends need them. */
-	spare = shares_spare_segments(engine);
-	if (engine->segments_waiting && spare < engine->segment_count / 4 &&
+	/* A checkpoint costs a walk over index and slots: let several segments wait for one. Whom a
+	 * segment was refused wants it at once (shares.c). */
+	if (engine->segments_waiting &&
+	    shares_spare_segments(engine) < engine->segment_count / 4 &&
 	    (engine->segments_waiting >= engine->segment_count / 8 ||
-	     engine->segments_waiting >= spare))
+	     engine->segments_waiting >= engine->segments_free))
 		engine->checkpoint.wanted = true;
 	engine->checkpoint.wanted |= checkpoint_due_ns(engine) <= engine->now_ns;
 	checkpoint_step(engine);

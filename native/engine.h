@@ -36,7 +36,7 @@ int mp_cache_format(struct mp_driver *driver, const struct mp_cache_format_optio
 
 struct mp_engine_options {
 	uint64_t buffer_bytes;             /* RAM for requests in flight; default 256 MiB */
-	uint64_t checkpoint_every_bytes;   /* of log; default 512 MiB */
+	uint64_t checkpoint_every_bytes;   /* of log, at least; default 512 MiB */
 	/* how long to poll before sleeping while the device works; 0: not at all */
 	uint64_t poll_ns;
 	uint64_t test_faults;              /* enum mp_engine_fault; tests only */

@@ -543,6 +543,7 @@ enum { SUPER_COPY_BYTES = 65536 }; /* where the second copy of the superblock is
 void checkpoint_step(struct mp_engine *engine);
 /* End one that runs and has no I/O in flight; another is wanted. */
 void checkpoint_abandon(struct mp_engine *engine);
+void checkpoint_note_log(struct mp_engine *engine, uint64_t bytes);
 void checkpoint_note_fill(struct mp_engine *engine, uint64_t bytes);
 /* When a checkpoint is due because of filled slots; UINT64_MAX: not at all. */
 uint64_t checkpoint_due_ns(const struct mp_engine *engine);

@@ -200,9 +200,7 @@ static void append_submit(struct append *append)
 	list_append(&volume->appends, &append->in_volume);
 	engine->counters.log_records++;
 	engine->counters.log_bytes += length;
-	engine->checkpoint.log_bytes += length;
-	if (engine->checkpoint.log_bytes >= engine->options.checkpoint_every_bytes)
-		engine->checkpoint.wanted = true;
+	checkpoint_note_log(engine, length);
 	engine_submit(engine, &append->io);
 }
 
