@@ -333,11 +333,12 @@ static bool fill_index(struct mp_engine *engine)
 	return true;
 }
 
+/* Those from fresh on were never used. */
 static bool fill_slots(struct mp_engine *engine)
 {
 	struct checkpoint *checkpoint = &engine->checkpoint;
 	uint64_t bytes = mp_slots_entry_bytes(engine->slots);
-	uint64_t left = engine->super.slot_count - checkpoint->cursor;
+	uint64_t fresh = mp_slots_fresh(engine->slots), left = fresh - checkpoint->cursor;
 	uint64_t take = room(checkpoint) / bytes;
 
 	take = take < left ? take : left;
@@ -346,7 +347,7 @@ static bool fill_slots(struct mp_engine *engine)
 	checkpoint->filled_bytes += take * bytes;
 	checkpoint->cursor += take;
 	checkpoint->header.slot_count = checkpoint->cursor;
-	return checkpoint->cursor == engine->super.slot_count;
+	return checkpoint->cursor == fresh;
 }
 
 static bool fill(struct mp_engine *engine)

@@ -168,7 +168,7 @@ static int load_body(struct mp_engine *engine, const struct mp_cache_checkpoint 
 	if (header->volume_count > VOLUMES_MAX || header->tombstone_count > TOMBSTONES_MAX ||
 	    header->segment_count != engine->segment_count ||
 	    header->index_count > index_entries_max(engine) ||
-	    header->slot_count != engine->super.slot_count ||
+	    header->slot_count > engine->super.slot_count ||
 	    header->slot_blocks != engine->slot_blocks)
 		return -EPROTO;
 	need = header->volume_count * sizeof(struct mp_cache_volume) +

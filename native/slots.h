@@ -59,6 +59,7 @@ uint64_t mp_slots_sweep(struct mp_slots *slots, uint32_t origin, uint64_t first_
  * uint32 checksums. load: entries are marked restored; malformed ones are skipped. load
  * only into a new table, ascending, without overlap. */
 uint64_t mp_slots_entry_bytes(const struct mp_slots *slots);
+uint64_t mp_slots_fresh(const struct mp_slots *slots); /* from here on none was ever used */
 void mp_slots_save(const struct mp_slots *slots, uint64_t first, uint64_t count, void *out);
 void mp_slots_load(struct mp_slots *slots, uint64_t first, uint64_t count, const void *in);
 /* Slots that others cannot take from this origin, and most that it may hold (UINT32_MAX: any). For

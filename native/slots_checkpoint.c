@@ -58,6 +58,11 @@ static void save_slot(const struct mp_slots *slots, uint64_t index, uint8_t *to)
 	memcpy(to, &entry, sizeof(entry));
 }
 
+uint64_t mp_slots_fresh(const struct mp_slots *slots)
+{
+	return slots->fresh;
+}
+
 void mp_slots_save(const struct mp_slots *slots, uint64_t first, uint64_t count, void *out)
 {
 	uint64_t entry_bytes = mp_slots_entry_bytes(slots);
