@@ -81,7 +81,7 @@ class CacheDaemon:
         )
         self.volumes: dict[bytes, Volume] = {}
         self.exports = CacheExports(
-            self.stores, self._volume_for, self.tasks, read_only=config.read_only
+            self.stores, self._volume_for, self._opened, self.tasks, read_only=config.read_only
         )
         self._connections: dict[int, Volume] = {}
         self._notify_fd: int | None = None
@@ -200,6 +200,13 @@ class CacheDaemon:
             volume = Volume(volume_id, self._world)
             self.volumes[volume_id] = volume
         return volume
+
+    def _opened(self, name: str) -> Found | None:
+        for volume in self.volumes.values():
+            found = volume.opened
+            if found is not None and found.record.name == name:
+                return found
+        return None
 
     def _volume_for(self, found: Found) -> Volume:
         volume = self._volume(found.record.volume_id)

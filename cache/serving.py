@@ -36,12 +36,14 @@ class CacheExports:
         self,
         stores: Stores,
         volume_for: Callable[[Found], Volume],
+        opened: Callable[[str], Found | None],
         tasks: Tasks,
         *,
         read_only: bool,
     ) -> None:
         self.closing = False
         self._stores = stores
+        self._opened = opened  # by name
         self._volume_for = volume_for
         self._tasks = tasks
         self._read_only = read_only
@@ -99,7 +101,8 @@ class CacheExports:
     async def _find(self, name: str) -> Found:
         try:
             if name:
-                return await self._stores.find(name)
+                known = self._opened(name)
+                return await (self._stores.find_open(known) if known else self._stores.find(name))
             every = await self._stores.list()
         except CacheError as error:
             raise _export_error(error, name) from None

@@ -6,7 +6,8 @@ names both, never a guess.  "No such volume" is said only when every store has a
 
 Happy path: one store says yes, the others say no, the volume is opened there.
 Failure modes: found while another store does not answer: taken, unless that other store is where
-this name was seen before.  Not found while a store is away: StoreAway.
+this name was seen before.  Not found while a store is away: StoreAway.  Of what is open here,
+nobody but its own store is asked.
 """
 
 import asyncio
@@ -56,6 +57,21 @@ class Stores:
         found = await self._find(f"volume {escaped(name)}", name=name)
         self._seen[name] = found.node
         return found
+
+    async def find_open(self, known: Found) -> Found:
+        """A volume that is open here: its own store is asked, and while that is silent, what we
+        know stands; nobody else can have opened it meanwhile."""
+        name = known.record.name
+        try:
+            async with asyncio.timeout(limits.STORES_GRACE_S):
+                record = await known.node.find(name=name)
+        except (TimeoutError, StoreAway):
+            return known
+        except VolumeUnknown:
+            return await self.find(name)
+        if record.volume_id != known.record.volume_id:
+            return await self.find(name)
+        return Found(record, known.node)
 
     async def find_id(self, volume_id: bytes) -> Found:
         """A volume by id."""

@@ -93,6 +93,13 @@ class Volume:
         """Where it lives, as far as we know."""
         return self._place.addresses if self._place is not None else []
 
+    @property
+    def opened(self) -> Found | None:
+        """What is known of it while it is open here."""
+        if self.state is not State.OPEN or self.record is None or self._place is None:
+            return None
+        return Found(self.record, self._place.in_sync[0])
+
     def lives(self, found: Found) -> None:
         """It was found at a store.  VolumeRefused: it is open, at another one."""
         if self._place is None or self.state is State.CLOSED:

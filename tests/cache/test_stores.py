@@ -173,6 +173,40 @@ def test_a_name_is_not_taken_from_another_store_while_its_own_is_away(tmp_path: 
 
 
 @pytest.mark.expects_warnings
+def test_a_volume_that_is_open_takes_more_guests_while_any_store_is_away(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with two_stores(tmp_path) as stores:
+            await stores.create("left", "disk")
+            cache = await stores.cache()
+            guest = await cache.guest("disk")
+            await guest.write(0, b"x" * 4096)
+            for side in ("right", "left"):
+                stores.wires[side].cut()
+                again = await cache.guest("disk")
+                assert await again.read(0, 4096) == b"x" * 4096
+            stores.wires["left"].heal()
+
+    run(scenario())
+
+
+@pytest.mark.expects_warnings
+def test_a_renamed_volume_is_no_longer_served_by_its_old_name(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with two_stores(tmp_path) as stores:
+            await stores.create("left", "old")
+            cache = await stores.cache()
+            await cache.guest("old")
+            await stores.clients["left"].call("volume.rename", name="old", new_name="new")
+            await stores.create("right", "old")
+            other = await cache.guest("old")
+            await other.write(0, b"o" * 4096)
+            again = await cache.guest("new")
+            assert await again.read(0, 4096) == bytes(4096)
+
+    run(scenario())
+
+
+@pytest.mark.expects_warnings
 def test_dirty_writes_find_their_store_after_a_restart(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with two_stores(tmp_path) as stores:
