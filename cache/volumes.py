@@ -77,9 +77,8 @@ class Volume:
         self._engine_bytes = 0  # the size that the engine serves
         self._idle_timer: asyncio.TimerHandle | None = None
         self._destage_task: asyncio.Task[None] | None = None
-        self._closed_epoch: int | None = (
-            None  # given back under this epoch, with everything shipped
-        )
+        # given back under this epoch, with everything shipped
+        self._closed_epoch: int | None = None
         self._not_open = asyncio.Event()
         self._not_open.set()
 

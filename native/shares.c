@@ -9,11 +9,12 @@
  *
  * Slowing: from three quarters of its share on, each byte logged costs its volume time, during
  * which its next data waits in `ready`, holding no log space: nothing there, doubling at every
- * twelfth of the rest, 64 KiB/s at the end. So the guest's rate falls until it is the rate of destage,
- * whatever that is, and stays there: the fill integrates the difference, the law is monotone, so
- * there is nothing to oscillate and nothing to measure. When destage stands still the rate falls by
- * half again and again until the share is full; when it goes on, so does the guest. With a strict
- * bound the age of the oldest undestaged write works in the same way, and stops data at the bound.
+ * twelfth of the rest, 64 KiB/s at the end. So the guest's rate falls until it is the rate of
+ * destage, whatever that is, and stays there: the fill integrates the difference, the law is
+ * monotone, so there is nothing to oscillate and nothing to measure. When destage stands still the
+ * rate falls by half again and again until the share is full; when it goes on, so does the guest.
+ * With a strict bound the age of the oldest undestaged write works in the same way, from half of
+ * the bound on, and stops data at the bound.
  * Reads, flushes, trims and zeroes of ranges are not slowed; ranges wait when they have filled a
  * segment beyond the share.
  *
