@@ -200,9 +200,9 @@ static void background(struct mp_engine *engine)
 	/* A checkpoint costs a walk over index and slots: let several segments wait for one. Whom a
 	 * segment was refused wants it at once (shares.c). */
 	if (engine->segments_waiting &&
-	    shares_spare_segments(engine) < engine->segment_count / 4 &&
 	    (engine->segments_waiting >= engine->segment_count / 8 ||
-	     engine->segments_waiting >= engine->segments_free))
+	     (engine->segments_waiting >= engine->segments_free &&
+	      shares_spare_segments(engine) < engine->segment_count / 4)))
 		engine->checkpoint.wanted = true;
 	engine->checkpoint.wanted |= checkpoint_due_ns(engine) <= engine->now_ns;
 	checkpoint_step(engine);

@@ -1,8 +1,8 @@
 /* release.c - give log segments back: keep what is worth keeping as read slots, then let the
  * segment wait for a checkpoint.
  *
- * Happy path: the tail segment of a chain is wholly destaged and free segments run low (half of
- * them while the guests rest, a quarter while they write) -> read it
+ * Happy path: the tail segment of a chain is wholly destaged and free segments run low (three
+ * quarters of all while the guests rest, one while they write) -> read it
  * -> each block that the index still finds here is offered to the slots (admission decides) and
  * written there from the scan's memory -> the index forgets it -> no pins left -> the segment
  * leaves the chain and waits until a checkpoint that began later is durable.
@@ -14,8 +14,9 @@
  */
 #include "encode.h"
 
-/* A quarter of the log is also where checkpoints begin to hurry (engine.c). */
-enum { RESTING_PARTS = 2, SHORT_PARTS = 4 };
+/* Of the log that is free. Resting: room for the next burst, in which nothing is given back until
+ * the log is short; that is also where checkpoints begin to hurry (engine.c). */
+enum { RESTING_QUARTERS = 3, SHORT_QUARTERS = 1 };
 
 struct promotion {
 	struct mp_io io;
@@ -60,10 +61,10 @@ static bool is_releasable(const struct volume *volume)
 	return true;
 }
 
-static bool is_below(const struct mp_engine *engine, uint32_t parts)
+static bool is_below(const struct mp_engine *engine, uint64_t quarters)
 {
 	return engine->segments_free + engine->segments_waiting <
-	       engine->segment_count / parts + engine->unmet_segments / 2;
+	       engine->segment_count * quarters / 4 + engine->unmet_segments / 2;
 }
 
 /* Reading segments and writing slots would take the device from a burst of writes. */
@@ -74,15 +75,15 @@ static uint64_t rests_from_ns(const struct mp_engine *engine)
 
 static bool release_wanted(const struct mp_engine *engine)
 {
-	return is_below(engine, SHORT_PARTS) || engine->release_pressed ||
-	       (is_below(engine, RESTING_PARTS) && rests_from_ns(engine) <= engine->now_ns) ||
+	return is_below(engine, SHORT_QUARTERS) || engine->release_pressed ||
+	       (is_below(engine, RESTING_QUARTERS) && rests_from_ns(engine) <= engine->now_ns) ||
 	       engine->index.zeros > engine->zeros_max / 2;
 }
 
 /* When the guests will have rested for long enough; UINT64_MAX: nothing waits for that. */
 uint64_t release_timer_ns(const struct mp_engine *engine)
 {
-	bool waits = !engine->release.volume && is_below(engine, RESTING_PARTS) &&
+	bool waits = !engine->release.volume && is_below(engine, RESTING_QUARTERS) &&
 		     rests_from_ns(engine) > engine->now_ns;
 
 	return waits ? rests_from_ns(engine) : UINT64_MAX;
@@ -176,7 +177,7 @@ static bool is_worth_keeping(const struct volume *volume, uint64_t block)
 {
 	const struct mp_engine *engine = volume->engine;
 
-	return !is_below(engine, SHORT_PARTS) ||
+	return !is_below(engine, SHORT_QUARTERS) ||
 	       mp_slots_frequency(engine->slots, volume->origin, block) > 0;
 }
 
