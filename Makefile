@@ -149,7 +149,8 @@ test: $(RUN)/test.packages $(RUN)/native
 
 bench: $(RUN)/bench.packages $(RUN)/native
 	@PYTHONPATH=bench $(VENV)/bin/python -m peers $(ARGS)
-	if [[ -z "$(ARGS)" ]]; then PYTHONPATH=bench $(VENV)/bin/python -m ingest; fi
+	if [[ -z "$(filter-out --record,$(ARGS))" ]]; then \
+		PYTHONPATH=bench $(VENV)/bin/python -m ingest $(ARGS); fi
 	if [[ -z "$(ARGS)" ]]; then $(VENV)/bin/pytest bench/micro; fi
 
 # How many guests one slow store disk serves at equal p99, with the cache and without.
