@@ -202,11 +202,9 @@ class CacheDaemon:
         return volume
 
     def _opened(self, name: str) -> Found | None:
-        for volume in self.volumes.values():
-            found = volume.opened
-            if found is not None and found.record.name == name:
-                return found
-        return None
+        every = (volume.opened for volume in self.volumes.values())
+        named = [found for found in every if found is not None and found.record.name == name]
+        return named[0] if len(named) == 1 else None  # of two, one was renamed
 
     def _volume_for(self, found: Found) -> Volume:
         volume = self._volume(found.record.volume_id)

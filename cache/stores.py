@@ -66,11 +66,14 @@ class Stores:
             async with asyncio.timeout(limits.STORES_GRACE_S):
                 record = await known.node.find(name=name)
         except (TimeoutError, StoreAway):
+            if self._seen.setdefault(name, known.node) is not known.node:
+                return await self.find(name)
             return known
         except VolumeUnknown:
             return await self.find(name)
         if record.volume_id != known.record.volume_id:
             return await self.find(name)
+        self._seen[name] = known.node
         return Found(record, known.node)
 
     async def find_id(self, volume_id: bytes) -> Found:

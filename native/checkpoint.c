@@ -125,6 +125,7 @@ static bool begin(struct mp_engine *engine)
 	checkpoint->running = true;
 	checkpoint->wanted = false;
 	checkpoint->serial++;
+	checkpoint->frees = engine->segments_waiting;
 	checkpoint->log_bytes = 0;
 	checkpoint->slot_changes = checkpoint->slot_bytes = 0;
 	checkpoint->began_ns = engine->now_ns;
@@ -151,6 +152,13 @@ static void end(struct mp_engine *engine)
 	checkpoint->sync_goal = 0;
 	checkpoint->stage = STAGE_IDLE;
 	sweep_again(engine);
+}
+
+uint32_t checkpoint_would_free(const struct mp_engine *engine)
+{
+	uint32_t already = engine->checkpoint.running ? engine->checkpoint.frees : 0;
+
+	return engine->segments_waiting > already ? engine->segments_waiting - already : 0;
 }
 
 static void free_waiting(struct mp_engine *engine)

@@ -192,6 +192,8 @@ static void tell_opened(struct mp_engine *engine)
 
 static void background(struct mp_engine *engine)
 {
+	uint32_t freed;
+
 	rescue_step(engine);
 	cut_step(engine);
 	release_step(engine);
@@ -199,10 +201,9 @@ static void background(struct mp_engine *engine)
 		sweep_step(engine);
 	/* A checkpoint costs a walk over index and slots: let several segments wait for one. Whom a
 	 * segment was refused wants it at once (shares.c). */
-	if (engine->segments_waiting &&
-	    (engine->segments_waiting >= engine->segment_count / 8 ||
-	     (engine->segments_waiting >= engine->segments_free &&
-	      shares_spare_segments(engine) < engine->segment_count / 4)))
+	freed = checkpoint_would_free(engine);
+	if (freed && shares_spare_segments(engine) < engine->segment_count / 4 &&
+	    (freed >= engine->segment_count / 8 || freed >= engine->segments_free))
 		engine->checkpoint.wanted = true;
 	engine->checkpoint.wanted |= checkpoint_due_ns(engine) <= engine->now_ns;
 	checkpoint_step(engine);
@@ -240,7 +241,6 @@ static int64_t wait_ns(const struct mp_engine *engine, int64_t timeout_ns, uint6
 	return timeout_ns;
 }
 
-/* Appends the tellings of syncs that are due. */
 static uint64_t next_timer_ns(const struct mp_engine *engine)
 {
 	uint64_t log = log_next_timer_ns(engine), checkpoint = checkpoint_due_ns(engine);

@@ -308,6 +308,7 @@ struct checkpoint {
 	uint64_t log_bytes;           /* appended since the last one began */
 	uint64_t slot_changes, slot_bytes; /* filled since the last one began */
 	uint64_t began_ns;
+	uint32_t frees;               /* segments that wait for the one that runs */
 	uint32_t failures;            /* writes that failed in a row */
 	uint64_t sync_goal;           /* number of the sync it waits for; 0: none */
 	bool super_in_doubt;          /* super was written, but no sync after it was good */
@@ -494,6 +495,7 @@ void log_sync_if_wanted(struct mp_engine *engine);
 void log_want_sync(struct mp_engine *engine);
 void log_want_sync_for_destage(struct mp_engine *engine);
 void log_synced_record(struct volume *volume);
+void log_tell_if_due(struct volume *volume);
 uint64_t log_next_timer_ns(const struct mp_engine *engine);
 void log_wait_for_sync(struct volume *volume, struct request *request);
 uint64_t segment_offset_bytes(const struct mp_engine *engine, uint32_t segment);
@@ -543,6 +545,8 @@ enum { SUPER_COPY_BYTES = 65536 }; /* where the second copy of the superblock is
 void checkpoint_step(struct mp_engine *engine);
 /* End one that runs and has no I/O in flight; another is wanted. */
 void checkpoint_abandon(struct mp_engine *engine);
+/* Waiting segments that a checkpoint begun now would free, and the one that runs will not. */
+uint32_t checkpoint_would_free(const struct mp_engine *engine);
 void checkpoint_note_log(struct mp_engine *engine, uint64_t bytes);
 void checkpoint_note_fill(struct mp_engine *engine, uint64_t bytes);
 /* When a checkpoint is due because of filled slots; UINT64_MAX: not at all. */

@@ -47,7 +47,7 @@ static bool take_segment(struct volume *volume, enum log_use use)
 	if (use != LOG_RESCUE && !share_allows_segment(volume, use))
 		return false;
 	if (engine->segments_free == 0) {
-		engine->checkpoint.wanted |= engine->segments_waiting > 0;
+		engine->checkpoint.wanted |= checkpoint_would_free(engine) > 0;
 		return false;
 	}
 	for (i = 0; i < engine->segment_count; i++) {
@@ -348,6 +348,7 @@ void log_append_ready(struct mp_engine *engine)
 			fail_waiting(volume); /* it may wait for a share that never comes */
 		append_queue(volume, &volume->ready_ranges);
 		append_queue(volume, &volume->ready);
+		log_tell_if_due(volume);
 	}
 }
 

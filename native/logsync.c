@@ -142,8 +142,16 @@ static bool wants_synced_record(const struct volume *volume)
 	       volume->appends_inflight == 0;
 }
 
+/* A telling that is due, in the turn: a refusal must not hide from wait_ns that room has come. */
+void log_tell_if_due(struct volume *volume)
+{
+	if (wants_synced_record(volume) &&
+	    volume->synced_at_ns + SYNCED_RECORD_DELAY_NS <= volume->engine->now_ns)
+		log_synced_record(volume);
+}
+
 /* When the next record that tells of a sync is due, or a slowed guest's next data; UINT64_MAX:
- * none. Writes the tellings that are due. */
+ * none. */
 uint64_t log_next_timer_ns(const struct mp_engine *engine)
 {
 	bool may_sync = !engine->sync.running && !engine->failed && !engine->rescue.stage;
@@ -161,10 +169,9 @@ uint64_t log_next_timer_ns(const struct mp_engine *engine)
 		if (!wants_synced_record(volume))
 			continue;
 		due = volume->synced_at_ns + SYNCED_RECORD_DELAY_NS;
+		/* Else it was refused in this turn, and waits for room as everything else. */
 		if (due > engine->now_ns)
 			next = due < next ? due : next;
-		else
-			log_synced_record(volume);
 	}
 	return next;
 }

@@ -63,8 +63,11 @@ static bool is_releasable(const struct volume *volume)
 
 static bool is_below(const struct mp_engine *engine, uint64_t quarters)
 {
+	uint64_t wanted = engine->segment_count * quarters / 4;
+	uint64_t minimums = engine->segment_count / 4 + engine->unmet_segments / 2;
+
 	return engine->segments_free + engine->segments_waiting <
-	       engine->segment_count * quarters / 4 + engine->unmet_segments / 2;
+	       (wanted > minimums ? wanted : minimums);
 }
 
 /* Reading segments and writing slots would take the device from a burst of writes. */

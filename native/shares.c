@@ -188,15 +188,25 @@ uint64_t shares_spare_segments(const struct mp_engine *engine)
 	return engine->segments_free > kept ? engine->segments_free - kept : 0;
 }
 
-static bool allows_segment(const struct volume *volume, enum log_use use)
+/* A share that is full of data still has room to delete. */
+static uint64_t beyond(enum log_use use)
+{
+	return use == LOG_RANGE ? RANGE_SEGMENTS : 0;
+}
+
+/* Only destage helps, not giving back what is destaged. */
+static bool is_full(const struct volume *volume, enum log_use use)
+{
+	return volume->share.dirty_segments + 1 > volume->share.limit_segments + beyond(use);
+}
+
+static bool has_room(const struct volume *volume, enum log_use use)
 {
 	const struct mp_engine *engine = volume->engine;
 	const struct volume_share *share = &volume->share;
-	/* A share that is full of data still has room to delete. */
-	uint64_t beyond = use == LOG_RANGE ? RANGE_SEGMENTS : 0, most = most_segments(volume);
+	uint64_t most = most_segments(volume);
 
-	if (share->dirty_segments + 1 > share->limit_segments + beyond ||
-	    (most != UINT64_MAX && share->held_segments + 1 > most + beyond))
+	if (most != UINT64_MAX && share->held_segments + 1 > most + beyond(use))
 		return false;
 	/* Below its minimum, or without any, nobody's reservation comes first. */
 	if (share->held_segments == 0 || share->held_segments < share->least_segments)
@@ -207,15 +217,16 @@ static bool allows_segment(const struct volume *volume, enum log_use use)
 bool share_allows_segment(struct volume *volume, enum log_use use)
 {
 	struct mp_engine *engine = volume->engine;
-	bool allowed;
+	bool full, allowed;
 
 	if (engine->shares_stale)
 		shares_update(engine);
-	allowed = allows_segment(volume, use);
+	full = is_full(volume, use);
+	allowed = !full && has_room(volume, use);
 	if (use == LOG_DATA)
 		volume->share.starved = !allowed;
-	if (!allowed) {
-		engine->checkpoint.wanted |= engine->segments_waiting > 0;
+	if (!allowed && !full) {
+		engine->checkpoint.wanted |= checkpoint_would_free(engine) > 0;
 		engine->release_pressed = true;
 	}
 	return allowed;

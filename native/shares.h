@@ -33,7 +33,7 @@ void shares_update(struct mp_engine *engine);
 /* Minimum and maximum of each volume's slots, after they were set or an origin changed. */
 void shares_of_slots(struct mp_engine *engine);
 /* May this volume take one more segment, for data or ranges? A refusal sees to it that what can be
- * given back is. */
+ * given back is, where that helps. */
 bool share_allows_segment(struct volume *volume, enum log_use use);
 /* May data go into a record now? Else when (UINT64_MAX: when something is destaged). */
 bool share_admits(const struct volume *volume);

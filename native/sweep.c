@@ -110,6 +110,7 @@ static void sweep_volume(struct volume *volume)
 	if (kept == tombstones->count)
 		return;
 	volume->release_generation++;
+	volume->engine->shares_stale = true; /* what waited for it asks again */
 	volume->engine->tombstone_count -= tombstones->count - kept;
 	tombstones->count = kept;
 }
