@@ -202,7 +202,11 @@ void store_extent_kill(struct mp_store *store, struct store_volume *volume, uint
 	uint64_t offset_bytes, length_bytes;
 	int error = store_extent_get(store, address, STORE_DIRTY, &entry);
 
-	assert(!error && (entry->live & bit));
+	assert(!error);
+	if (!(entry->live & bit)) {
+		store_fail(store, -EBADMSG, "a map refers to an extent that is dead", 0, address);
+		return;
+	}
 	entry->live = (uint8_t)(entry->live & ~bit);
 	offset_bytes = entry->offset_bytes;
 	length_bytes = entry->stored_length_bytes;
@@ -213,7 +217,11 @@ void store_extent_kill(struct mp_store *store, struct store_volume *volume, uint
 		return;
 	}
 	segment = store_segment_find(store, entry->segment_origin >> MP_ORIGIN_BITS);
-	assert(segment && segment->live_bytes >= length_bytes);
+	if (!segment || segment->live_bytes < length_bytes) {
+		store_fail(store, -EBADMSG, "an extent is larger than what its segment holds",
+			   entry->segment_origin >> MP_ORIGIN_BITS, offset_bytes);
+		return;
+	}
 	segment->live_bytes -= length_bytes;
 	store->counters.live_bytes -= length_bytes;
 	if (volume)

@@ -94,7 +94,9 @@ class VolumeState:
         """From a struct mp_volume_state."""
         return VolumeState(
             id=bytes(state.id),
-            name=ffi.string(ffi.cast("char *", state.name), lib.MP_NAME_BYTES).decode(),
+            name=ffi.string(ffi.cast("char *", state.name), lib.MP_NAME_BYTES).decode(
+                errors="backslashreplace"  # a damaged one is shown as what it is
+            ),
             size_bytes=state.size_bytes,
             epoch=state.epoch,
             lineage=state.lineage,
