@@ -66,15 +66,15 @@ class Stores:
             async with asyncio.timeout(limits.STORES_GRACE_S):
                 record = await known.node.find(name=name)
         except (TimeoutError, StoreAway):
-            if self._seen.setdefault(name, known.node) is not known.node:
-                return await self.find(name)
-            return known
+            if self._seen.setdefault(name, known.node) is known.node:
+                return known
         except VolumeUnknown:
-            return await self.find(name)
-        if record.volume_id != known.record.volume_id:
-            return await self.find(name)
-        self._seen[name] = known.node
-        return Found(record, known.node)
+            pass  # renamed
+        else:
+            if record.volume_id == known.record.volume_id:
+                self._seen[name] = known.node
+                return Found(record, known.node)
+        return await self.find(name)
 
     async def find_id(self, volume_id: bytes) -> Found:
         """A volume by id."""

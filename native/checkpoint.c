@@ -422,7 +422,7 @@ static bool synced(struct mp_engine *engine)
 
 	if (!checkpoint->sync_goal) {
 		checkpoint->sync_goal = engine->sync.started + 1;
-		log_want_sync(engine);
+		engine->sync.wanted = true;
 	}
 	if (engine->sync.completed < checkpoint->sync_goal)
 		return false;

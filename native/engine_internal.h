@@ -492,7 +492,6 @@ void mutations_unhold(struct volume *volume);
 /* log.c */
 void log_append_ready(struct mp_engine *engine);
 void log_sync_if_wanted(struct mp_engine *engine);
-void log_want_sync(struct mp_engine *engine);
 void log_want_sync_for_destage(struct mp_engine *engine);
 void log_synced_record(struct volume *volume);
 void log_tell_if_due(struct volume *volume);

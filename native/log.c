@@ -46,10 +46,8 @@ static bool take_segment(struct volume *volume, enum log_use use)
 
 	if (use != LOG_RESCUE && !share_allows_segment(volume, use))
 		return false;
-	if (engine->segments_free == 0) {
-		engine->checkpoint.wanted |= checkpoint_would_free(engine) > 0;
+	if (engine->segments_free == 0)
 		return false;
-	}
 	for (i = 0; i < engine->segment_count; i++) {
 		at = (engine->next_free_hint + i) % engine->segment_count;
 		if (engine->segments[at].state == SEGMENT_FREE)

@@ -75,11 +75,6 @@ static void sync_done(struct mp_io *io)
 	}
 }
 
-void log_want_sync(struct mp_engine *engine)
-{
-	engine->sync.wanted = true;
-}
-
 void log_want_sync_for_destage(struct mp_engine *engine)
 {
 	engine->sync.due_ns = engine->sync.ended_ns + DESTAGE_SYNC_NS;
@@ -142,11 +137,16 @@ static bool wants_synced_record(const struct volume *volume)
 	       volume->appends_inflight == 0;
 }
 
+static uint64_t telling_due_ns(const struct volume *volume)
+{
+	return wants_synced_record(volume) ? volume->synced_at_ns + SYNCED_RECORD_DELAY_NS
+					   : UINT64_MAX;
+}
+
 /* A telling that is due, in the turn: a refusal must not hide from wait_ns that room has come. */
 void log_tell_if_due(struct volume *volume)
 {
-	if (wants_synced_record(volume) &&
-	    volume->synced_at_ns + SYNCED_RECORD_DELAY_NS <= volume->engine->now_ns)
+	if (telling_due_ns(volume) <= volume->engine->now_ns)
 		log_synced_record(volume);
 }
 
@@ -166,9 +166,7 @@ uint64_t log_next_timer_ns(const struct mp_engine *engine)
 			continue;
 		due = share_timer_ns(volume);
 		next = due < next ? due : next;
-		if (!wants_synced_record(volume))
-			continue;
-		due = volume->synced_at_ns + SYNCED_RECORD_DELAY_NS;
+		due = telling_due_ns(volume);
 		/* Else it was refused in this turn, and waits for room as everything else. */
 		if (due > engine->now_ns)
 			next = due < next ? due : next;
