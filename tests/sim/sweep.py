@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from sim.history import SHAPES
+from sim.many import run_many
 from sim.nodes import MIB
 from sim.settings import Settings
 from sim.world import World
@@ -48,6 +49,7 @@ MODES: Mapping[str, Settings] = MappingProxyType(
 )
 CUTS = tuple(mode for mode in MODES if mode != "none")
 AGAIN_MAX = 24  # a second cut comes up to so many I/Os after the first
+AT_ONCE = 64  # places that are run before it is seen whether the history has ended
 TO_THE_END_EVERY = 8  # of so many places one goes on to the end of its history
 
 
@@ -108,7 +110,9 @@ def run_place(place: Place) -> int:
 
 def sweep(mode: str, seed: int) -> int:
     """Every N of one mode and seed; how many there were.  Caught."""
-    cut_after = 1
-    while run_place(Place(mode, seed, cut_after)):
-        cut_after += 1
-    return cut_after - 1
+    for first in range(1, 1 << 30, AT_ONCE):
+        places = [Place(mode, seed, cut_after) for cut_after in range(first, first + AT_ONCE)]
+        falls = list(run_many(run_place, places))
+        if 0 in falls:
+            return first + falls.index(0) - 1
+    raise AssertionError("a history that never ends")
