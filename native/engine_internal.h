@@ -153,6 +153,7 @@ struct request {
 	uint32_t pending;         /* slices; + 1 while slices are being added */
 	int error;                /* errno of the first failure */
 	bool reading;             /* counted in the connection's reading_bytes */
+	bool untold;              /* no reply: the connection ends */
 	struct link reads;        /* READ: slices in order */
 	uint64_t sync_sequence;   /* FLUSH, FUA: what a sync must cover */
 	struct link in_sync;

@@ -68,7 +68,8 @@ void connection_break(struct connection *connection)
 }
 
 /* A WRITE being received will never be whole: forget the slice; what was cut before goes its
- * way. */
+ * way. No error is told: it is none of the disk's, and a guest that connects again sends it
+ * again. */
 void connection_abandon_write(struct connection *connection)
 {
 	struct request *request = connection->writing;
@@ -80,6 +81,7 @@ void connection_abandon_write(struct connection *connection)
 	}
 	connection->writing = NULL;
 	if (request) {
+		request->untold = true;
 		request_error(request, EIO);
 		request_slice_done(request);
 	}

@@ -153,7 +153,7 @@ void request_finish(struct request *request)
 	uint32_t magic = htobe32(REPLY_MAGIC), error = htobe32(wire_error(request->error));
 	bool data = request->command == COMMAND_READ && !request->error;
 
-	if (connection->broken) {
+	if (connection->broken || request->untold) {
 		request_free(request);
 		return;
 	}

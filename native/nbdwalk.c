@@ -100,8 +100,10 @@ static bool walk(struct request *request, uint32_t *steps)
 {
 	if (request->command == COMMAND_CACHE)
 		return is_over(request->connection) || cache_walk(request, steps);
-	if (is_over(request->connection))
+	if (is_over(request->connection)) {
+		request->untold = true;
 		request_error(request, EIO);
+	}
 	return request->error || status_walk(request, steps);
 }
 

@@ -266,6 +266,26 @@ def test_unreadable_segment_behind_the_checkpoint_is_not_the_end_of_the_chain() 
         rig.close()
 
 
+def test_guest_that_is_in_the_middle_of_a_write_when_the_daemon_stops_is_told_no_error(
+    rig: Rig,
+) -> None:
+    """It connects again and sends it again: an error would have been the file system's end."""
+    rig.open(ONE)
+    guest = rig.connect(ONE)
+    rig.write(guest, 0, 1)
+    whole = rig.request(WRITE, 0, 8 * BLOCK, bytes([2]) * (8 * BLOCK))
+    rig.push(guest, whole[: 3 * BLOCK])
+    rig.turn()
+    rig.engine.disconnect(1001)
+    got = b""
+    with pytest.raises(BrokenPipeError):
+        for _ in range(1000):
+            rig.turn()
+            got += rig.sim.pop(guest)
+    assert got == b""
+    assert rig.read(rig.connect(ONE), 0) == 1
+
+
 def test_volume_of_a_size_that_no_index_key_names_is_refused(rig: Rig) -> None:
     """A block number of more than 40 bits would have ended the daemon."""
     rig.engine.open_volume(
