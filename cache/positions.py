@@ -24,6 +24,8 @@ def check_still_ours(record: VolumeRecord, known: VolumeStatus | None, cache_id:
                 " does not know the volume; was the device replaced?"
             )
         return
+    if has_arrived(record, known, cache_id):
+        return
     # A volume may have grown since, and shrunk when there was nothing left to ship.
     if known.has_undestaged and record.size_bytes < known.size_bytes:
         raise VolumeRefused(
@@ -50,6 +52,24 @@ def check_still_ours(record: VolumeRecord, known: VolumeStatus | None, cache_id:
     )
 
 
+def has_arrived(record: VolumeRecord, known: VolumeStatus, cache_id: bytes) -> bool:
+    """All that the device takes for unshipped is in the store's history, and we do not write there.
+
+    The device hears that a batch was applied, and remembers it at its next checkpoint: after a
+    crash it may take for dirty what it shipped before it gave the volume back.  The proof is the
+    store's list of writable opens: the one after ours began behind our last write, and the store
+    has applied up to there.  Where we are the holder there may be newer writes of ours, which a
+    device that was restored from a copy does not know: that is for check_still_ours.
+    """
+    if cache_id.hex() in (record.dirty_holder, record.open_holder):
+        return False
+    ids = [lineage for lineage, _ in record.lineages]
+    if known.lineage not in ids or record.applied_sequence < known.last_sequence:
+        return False
+    later = record.lineages[ids.index(known.lineage) + 1 :]
+    return all(first_sequence > known.last_sequence for _, first_sequence in later)
+
+
 def slots_are_valid(record: VolumeRecord, known: VolumeStatus | None, cache_id: bytes) -> bool:
     """The device's read slots show the store's image (record: before our open).
 
@@ -67,8 +87,10 @@ def slots_are_valid(record: VolumeRecord, known: VolumeStatus | None, cache_id: 
     return record.epoch == known.epoch or moved_by_us
 
 
-def first_sequence_of(record: VolumeRecord, known: VolumeStatus | None) -> int | None:
+def first_sequence_of(
+    record: VolumeRecord, known: VolumeStatus | None, cache_id: bytes
+) -> int | None:
     """Where a new lineage begins: behind what the device still has to ship, else at the store's."""
-    if known is None or not known.has_undestaged:
+    if known is None or not known.has_undestaged or has_arrived(record, known, cache_id):
         return None
     return known.last_sequence + 1

@@ -46,6 +46,8 @@ class VolumeRecord(msgspec.Struct, frozen=True):
     applied_sequence: int
     dirty_holder: str | None = None
     open_holder: str | None = None
+    # Writable opens, oldest first: lineage, and the sequence that it began with.
+    lineages: tuple[tuple[int, int], ...] = ()
 
     @property
     def volume_id(self) -> bytes:

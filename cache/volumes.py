@@ -14,9 +14,7 @@ Rules:
 """
 
 import asyncio
-import errno
 import logging
-import os
 import socket
 from contextlib import suppress
 from enum import StrEnum
@@ -34,14 +32,20 @@ from millpond.cache.errors import (
     escaped,
 )
 from millpond.cache.exports import Agreed
-from millpond.cache.positions import check_still_ours, first_sequence_of, slots_are_valid
+from millpond.cache.opening import Opening, open_at_engine
+from millpond.cache.positions import (
+    check_still_ours,
+    first_sequence_of,
+    has_arrived,
+    slots_are_valid,
+)
 from millpond.cache.replicas import ReplicaSet, VolumeRecord
 from millpond.cache.settings import VolumeSettings
 from millpond.cache.shaping import Admission, Shaper
 from millpond.cache.stores import Found
 from millpond.cache.tasks import Backoff
-from millpond.cache.world import Opening, World
-from millpond.native.engine import Closed, DirtyClear, NativeError, Opened, Position
+from millpond.cache.world import World
+from millpond.native.engine import Closed, DirtyClear, NativeError, Position
 
 log = logging.getLogger("millpond.cache")
 
@@ -245,7 +249,7 @@ class Volume:
         while True:
             try:
                 async with self._lock:
-                    if self.state is State.CLOSED:
+                    if self.state is State.CLOSED and not await self._has_arrived():
                         await self._open()
                 return
             except StoreAway as error:
@@ -254,6 +258,20 @@ class Volume:
             except CacheError as error:
                 self.fail(f"writes on this device were not shipped and are kept: {error}")
                 return
+
+    async def _has_arrived(self) -> bool:
+        """The stores have it all, and the volume has moved on: the log may forget it."""
+        known = find_volume(self._world.engine, self.id)
+        if known is None:
+            return False
+        if self._place is None:
+            self.lives(await self._world.stores.find_id(self.id))
+        record = await self._replicas.show(self.id)
+        if not has_arrived(record, known, self._world.cache_id):
+            return False
+        self._world.engine.destaged(self.id, known.last_sequence)
+        log.info("writes had arrived volume=%s sequence=%d", self.label, known.last_sequence)
+        return True
 
     async def give_back_leftover(self, record: VolumeRecord) -> None:
         """A crash left the volume open at the store, with nothing of ours to ship."""
@@ -312,7 +330,9 @@ class Volume:
         """Fence the others, then tell the engine."""
         opening = await self._open_at_stores()
         self.record = opening.record
-        refusal = await self._open_at_engine(opening)
+        refusal = await open_at_engine(
+            self._world, self.id, opening, store=self._replicas.fetch_store
+        )
         if refusal:
             if not opening.undestaged:
                 with suppress(CacheError):
@@ -351,11 +371,15 @@ class Volume:
                     before,
                     cache_id=cache_id,
                     lineage=lineage,
-                    first_sequence=first_sequence_of(before, known),
+                    first_sequence=first_sequence_of(before, known, cache_id),
                 )
             except VolumeFenced:
                 continue  # somebody was faster, perhaps an earlier attempt of ours: look again
-            undestaged = known is not None and known.has_undestaged
+            undestaged = (
+                known is not None
+                and known.has_undestaged
+                and not has_arrived(before, known, cache_id)
+            )
             if undestaged and after.dirty_holder != cache_id.hex():
                 # The engine takes it for recorded when it finds such records: make it true first.
                 after = await self._replicas.record_dirty(after, cache_id=cache_id, dirty=True)
@@ -367,43 +391,6 @@ class Volume:
                 undestaged=undestaged,
             )
         raise VolumeBusy("other caches keep opening the volume; try again")
-
-    async def _open_at_engine(self, opening: Opening) -> str:
-        """Tell the engine; returns why it refuses, or nothing.
-
-        It is busy while anything of the volume, or any fetch, is under way: then again.
-        """
-        backoff = Backoff(limits.ENGINE_BUSY_FIRST_S, limits.ENGINE_BUSY_MAX_S)
-        give_up_s = asyncio.get_running_loop().time() + limits.OPEN_WAIT_S
-        while True:
-            status, message = await self._ask_to_open(opening)
-            if status == 0:
-                return ""
-            if status != -errno.EBUSY or asyncio.get_running_loop().time() > give_up_s:
-                return message or f"the engine refuses: {os.strerror(abs(status))}"
-            await backoff.wait()
-
-    async def _ask_to_open(self, opening: Opening) -> tuple[int, str]:
-        world, record = self._world, opening.record
-        cookie = world.events.new_cookie()
-        try:
-            answer = await world.events.ask(
-                Opened,
-                cookie,
-                lambda: world.engine.open_volume(
-                    self.id,
-                    size_bytes=record.size_bytes,
-                    epoch=record.epoch,
-                    lineage=opening.lineage,
-                    applied_sequence=record.applied_sequence,
-                    keep_slots=opening.keep_slots,
-                    cookie=cookie,
-                    store=self._replicas.fetch_store,
-                ),
-            )
-        except NativeError as error:
-            return -(error.errno or errno.EIO), str(error)
-        return answer.status, answer.message
 
     def _after_open(self, opening: Opening) -> None:
         """Bring "dirty" and destage to where the stores and the device are."""

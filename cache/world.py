@@ -1,4 +1,4 @@
-"""What every volume of a daemon works with, and what one writable open decides.
+"""What every volume of a daemon works with.
 
 Plain values: volumes.py has the rules.
 """
@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from millpond.cache.chance import Chance
 from millpond.cache.events import EngineEvents
-from millpond.cache.replicas import VolumeRecord
 from millpond.cache.settings import VolumeSettings
 from millpond.cache.shaping import Admission, RateLimits
 from millpond.cache.stores import Stores
@@ -43,13 +42,3 @@ class World:
     def rates_of(self, settings: VolumeSettings) -> RateLimits:
         """What is in force for a volume."""
         return settings.rates if settings.rates != RateLimits() else self.volume_rates
-
-
-@dataclass(frozen=True, slots=True)
-class Opening:
-    """One writable open, durable at the stores, not yet known to the engine."""
-
-    record: VolumeRecord
-    lineage: int
-    keep_slots: bool
-    undestaged: bool

@@ -116,6 +116,7 @@ class VolumeJson(msgspec.Struct, frozen=True):
     open_holder: str | None
     stored_bytes: int
     created_commit: int
+    lineages: tuple[tuple[int, int], ...]  # id and first sequence, oldest first
 
 
 class ControlOperations:
@@ -209,6 +210,7 @@ class ControlOperations:
             open_holder=_holder(state.open_holder),
             stored_bytes=self._stored_bytes(state.id),
             created_commit=state.created_commit,
+            lineages=tuple((known.id, known.first_sequence) for known in state.lineages),
         )
 
 

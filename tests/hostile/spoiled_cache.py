@@ -104,7 +104,7 @@ class Spoiled:
                 VOLUME,
                 cache_id=CACHE_ID,
                 lineage=77,
-                first_sequence=positions.first_sequence_of(before, known),
+                first_sequence=positions.first_sequence_of(before, known, CACHE_ID),
                 expected_epoch=before.epoch,
                 accept_loss=False,
             )

@@ -352,7 +352,7 @@ class World:
                 VOLUME,
                 cache_id=self.cache_id,
                 lineage=lineage,
-                first_sequence=positions.first_sequence_of(before, known),
+                first_sequence=positions.first_sequence_of(before, known, self.cache_id),
                 expected_epoch=before.epoch,
                 accept_loss=accept_loss,
             )
