@@ -1,9 +1,9 @@
 # Two commands do everything on a fresh Debian 12 with Python 3.11, make and git:
 #   make demo    build, install into .venv, and run the main job
 #   make test    install what the tests need and run them all
-# The rest: build, install, uninstall, bench, bench-density, lint, format, prove WHAT=backbone,
-# clean. System packages are printed first; only those that are missing are installed, with sudo
-# where not root.
+# The rest: build, install, uninstall, bench, bench-density, torture SEEDS=1000, faults, lint,
+# format, prove WHAT=backbone, clean. System packages are printed first; only those that are
+# missing are installed, with sudo where not root.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -38,9 +38,9 @@ endif
 
 NATIVE := $(wildcard native/*.c native/*.h native/build_native.py)
 
-.PHONY: help demo test build install uninstall bench lint format prove clean
+.PHONY: help demo test torture faults build install uninstall bench lint format prove clean
 help:
-	@sed -n '1,6s/^# \{0,1\}//p' Makefile
+	@sed -n '1,7s/^# \{0,1\}//p' Makefile
 
 give_up = { echo "make $(1)" >&2; exit 1; }
 
@@ -146,6 +146,17 @@ demo: $(RUN)/demo.packages $(RUN)/native
 
 test: $(RUN)/test.packages $(RUN)/native
 	@$(VENV)/bin/pytest
+
+# Simulated sites in which everything goes wrong: make torture SEEDS=1000 [FIRST=1].
+SEEDS := 100
+FIRST := 1
+torture: $(RUN)/native
+	@export PYTHONHASHSEED=0 PYTHONPATH=tests
+	$(VENV)/bin/python -m sim.torture --seeds $(SEEDS) --first $(FIRST)
+
+# Each deliberate fault in the code, and where it is caught.
+faults: $(RUN)/native
+	@PYTHONHASHSEED=0 PYTHONPATH=tests $(VENV)/bin/python -m sim.faults
 
 bench: $(RUN)/bench.packages $(RUN)/native
 	@PYTHONPATH=bench $(VENV)/bin/python -m peers $(ARGS)

@@ -27,6 +27,8 @@ static void set_options(struct mp_sim *sim, const struct mp_sim_options *options
 	sim->generation++;
 	sim->mutations = 0;
 	sim->fail_counted = 0;
+	sim->writes = 0;
+	sim->disk.capacity_pages = options->capacity_bytes / MP_BLOCK_BYTES;
 	memset(sim->completed, 0, sizeof sim->completed);
 }
 
@@ -69,7 +71,9 @@ static bool chosen_to_fail(struct mp_sim *sim, uint32_t op)
 
 	if (op == MP_OP_CALL || (options->fail_op != 0 && options->fail_op != op))
 		return false;
-	return ++sim->fail_counted == options->fail_io;
+	sim->fail_counted++;
+	return options->fail_io > 0 && sim->fail_counted >= options->fail_io &&
+	       sim->fail_counted - options->fail_io < options->fail_count;
 }
 
 static void sim_submit(void *self, struct mp_io *const *ios, uint32_t count)
@@ -82,6 +86,8 @@ static void sim_submit(void *self, struct mp_io *const *ios, uint32_t count)
 		struct mp_sim_pending pending = {.io = io, .covers = sim->disk.sequence};
 		pending.due_ns = due_ns(sim);
 		pending.fails = chosen_to_fail(sim, io->op);
+		pending.strays = io->op == MP_OP_WRITE &&
+				 ++sim->writes == sim->options.misdirect_io;
 		sim->pending = mp_sim_grow(sim->pending, &sim->pending_capacity,
 					   sim->pending_count + 1,
 					   sizeof *sim->pending);
@@ -117,6 +123,22 @@ static enum mp_sim_extent fate_in_flight(struct mp_sim *sim)
 	return dice % 2 ? MP_SIM_WHOLE : MP_SIM_NOTHING;
 }
 
+/* The write lands in another place of its file, and says that all is well. */
+static int64_t perform_stray(struct mp_sim *sim, const struct mp_io *io)
+{
+	const struct mp_sim_file *file = mp_sim_disk_find(&sim->disk, io->file);
+	struct mp_io elsewhere = *io;
+	uint64_t room_bytes;
+
+	if (!file)
+		return -ENOENT;
+	room_bytes = file->length_bytes > io->length_bytes ? file->length_bytes - io->length_bytes
+							   : 0;
+	elsewhere.offset_bytes =
+		mp_sim_random_below(&sim->fate, room_bytes / MP_BLOCK_BYTES + 1) * MP_BLOCK_BYTES;
+	return mp_sim_disk_change(&sim->disk, &elsewhere, MP_SIM_WHOLE, &sim->fate);
+}
+
 /* The effect of an io, now. Extent: of WRITE, PUNCH and ALLOCATE. Not CALL. */
 static int64_t perform(struct mp_sim *sim, const struct mp_sim_pending *pending,
 		       enum mp_sim_extent extent)
@@ -133,6 +155,8 @@ static int64_t perform(struct mp_sim *sim, const struct mp_sim_pending *pending,
 	case MP_OP_REMOVE:
 		return mp_sim_disk_remove(&sim->disk, io->file);
 	default:
+		if (pending->strays)
+			return perform_stray(sim, io);
 		return mp_sim_disk_change(&sim->disk, io, extent, &sim->fate);
 	}
 }
@@ -330,6 +354,7 @@ struct mp_driver *mp_sim_driver(struct mp_sim *sim)
 	*sim->driver = TABLE;
 	sim->driver->self = sim;
 	sim->crashed = false;
+	mp_sim_disk_reopen(&sim->disk);
 	atomic_store(&sim->woken, false);
 	atomic_store(&sim->notified, false);
 	return sim->driver;

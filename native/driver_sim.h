@@ -24,10 +24,12 @@ struct mp_sim_options {
 	/* crash when this many WRITE, SYNC, PUNCH, ALLOCATE, CREATE, REMOVE were submitted;
 	 * the last one is in flight; 0: never */
 	uint64_t crash_after_io;
-	/* the nth READ/WRITE/SYNC... fails with fail_errno; 0: never */
-	uint64_t fail_io;
+	/* the nth READ/WRITE/SYNC... fails with fail_errno, and so many from it on; 0: never */
+	uint64_t fail_io, fail_count;
 	int32_t fail_errno;
 	uint32_t fail_op;               /* enum mp_op counted by fail_io; 0: all */
+	uint64_t misdirect_io;          /* the nth WRITE lands elsewhere in its file; 0: never */
+	uint64_t capacity_bytes;        /* a directory's disk has no more than this; 0: no limit */
 };
 struct mp_sim *mp_sim_new(const struct mp_sim_options *options);
 void mp_sim_free(struct mp_sim *sim);

@@ -3,9 +3,11 @@
  * Happy path: a completed mutation changes the content at once and leaves an undo record in its
  * file's list of unsynced changes; a SYNC drops the records it covers.
  * Failure modes: past the end -EIO (read) or -ENOSPC (device write), no such file -ENOENT; a
- * failed SYNC makes what it covered doubtful: no later SYNC makes that durable, as on a real
- * disk whose kernel has reported the error once and forgotten it. driver_sim_loss.c uses the
- * records after a loss of power.
+ * failed SYNC makes what it covered doubtful: no later SYNC of the same process makes that
+ * durable, as on a real disk whose kernel has reported the error once and forgotten it. A process
+ * that starts anew reads what the device has (O_DIRECT, there is no page that only looks written):
+ * what is there then, a SYNC that succeeds covers. driver_sim_loss.c uses the records after a loss
+ * of power.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -147,6 +149,18 @@ static const uint8_t *new_page(struct cursor *cursor, const uint8_t *old)
 	return mp_sim_page_copy(from);
 }
 
+static bool has_room(const struct mp_sim_disk *disk, const struct mp_sim_file *file,
+		     const struct mp_io *io)
+{
+	uint64_t first = io->offset_bytes / MP_BLOCK_BYTES, pages = 0;
+
+	if (disk->capacity_pages == 0 || io->op == MP_OP_PUNCH)
+		return true;
+	for (uint64_t i = 0; i < io->length_bytes / MP_BLOCK_BYTES; i++)
+		pages += !mp_sim_page_get(file, first + i);
+	return pages == 0 || disk->allocated_pages + pages <= disk->capacity_pages;
+}
+
 static int64_t check_change(const struct mp_sim_disk *disk, const struct mp_sim_file *file,
 			    const struct mp_io *io)
 {
@@ -158,7 +172,7 @@ static int64_t check_change(const struct mp_sim_disk *disk, const struct mp_sim_
 		return -ENOSPC;
 	if (end_bytes > (uint64_t)1 << MP_SIM_MAX_FILE_BYTES_LOG2)
 		return -EFBIG;
-	return 0;
+	return has_room(disk, file, io) ? 0 : -ENOSPC;
 }
 
 /* Make the change visible and remember how to undo it. Torn: each sector of it or not, by
@@ -223,6 +237,13 @@ static void supersede(struct mp_sim_change *doubtful, const struct mp_sim_change
 			doubtful->items[kept++] = *item;
 	}
 	doubtful->count = kept;
+}
+
+void mp_sim_disk_reopen(struct mp_sim_disk *disk)
+{
+	for (uint64_t f = 0; f < disk->file_count; f++)
+		for (uint64_t i = 0; i < disk->files[f]->change_count; i++)
+			disk->files[f]->changes[i]->doubtful = false;
 }
 
 int64_t mp_sim_disk_sync(struct mp_sim_disk *disk, uint64_t number, uint64_t covers, bool fails)

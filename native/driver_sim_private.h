@@ -57,7 +57,7 @@ struct mp_sim_disk {
 	bool is_device;
 	struct mp_sim_file **files;          /* by number */
 	uint64_t file_count, file_capacity;
-	uint64_t allocated_pages;
+	uint64_t allocated_pages, capacity_pages; /* 0: no limit */
 	uint64_t sequence;                   /* of the newest change */
 };
 
@@ -80,7 +80,7 @@ struct mp_sim_pending {
 	struct mp_io *io;
 	uint64_t due_ns;
 	uint64_t covers;                     /* SYNC: changes up to this sequence */
-	bool fails;
+	bool fails, strays;
 };
 
 struct mp_sim {
@@ -95,7 +95,7 @@ struct mp_sim {
 	atomic_bool woken, notified;
 	struct mp_sim_pending *pending;      /* in order of submission */
 	uint64_t pending_count, pending_capacity;
-	uint64_t mutations, fail_counted;
+	uint64_t mutations, fail_counted, writes;
 	uint64_t completed[MP_OP_CALL + 1];
 	struct mp_sim_socket *sockets;
 	uint64_t socket_count;
@@ -123,6 +123,7 @@ void mp_sim_pages_free(struct mp_sim_disk *disk, struct mp_sim_file *file);
 void mp_sim_disk_init(struct mp_sim_disk *disk, uint64_t device_bytes);
 void mp_sim_disk_free(struct mp_sim_disk *disk);
 struct mp_sim_file *mp_sim_disk_find(const struct mp_sim_disk *disk, uint64_t number);
+void mp_sim_disk_reopen(struct mp_sim_disk *disk);    /* by a new process */
 int64_t mp_sim_disk_create(struct mp_sim_disk *disk, uint64_t number);
 int64_t mp_sim_disk_remove(struct mp_sim_disk *disk, uint64_t number);
 int64_t mp_sim_disk_read(const struct mp_sim_disk *disk, const struct mp_io *io);

@@ -22,6 +22,9 @@ from millpond.native import check, ffi, lib
 __all__ = ["DriverError", "Op", "Sim", "SimOptions", "destroy", "open_device", "open_directory"]
 
 
+_POP_BYTES = 1 << 20  # one buffer for all: a new one would be zeroed each time
+
+
 class DriverError(Exception):
     """A device or directory cannot be used; the message is one line for the operator."""
 
@@ -133,8 +136,11 @@ class SimOptions:
     latency_ns: int = 0
     crash_after_io: int = 0
     fail_io: int = 0
+    fail_count: int = 1
     fail_errno: int = errno.EIO
     fail_op: Op | None = None
+    misdirect_io: int = 0
+    capacity_bytes: int = 0
 
     def c_options(self) -> Any:
         """The C struct."""
@@ -149,8 +155,11 @@ class SimOptions:
                 "latency_ns": self.latency_ns,
                 "crash_after_io": self.crash_after_io,
                 "fail_io": self.fail_io,
+                "fail_count": self.fail_count,
                 "fail_errno": self.fail_errno,
                 "fail_op": self.fail_op or 0,
+                "misdirect_io": self.misdirect_io,
+                "capacity_bytes": self.capacity_bytes,
             },
         )
 
@@ -164,6 +173,7 @@ class Sim:
 
     def __init__(self, options: SimOptions) -> None:
         self._sim = lib.mp_sim_new(options.c_options())
+        self._out = ffi.new("uint8_t[]", _POP_BYTES)
 
     def __enter__(self) -> "Sim":
         return self
@@ -245,9 +255,10 @@ class Sim:
         """Send to the core.  OSError EPIPE when it closed the socket."""
         return check(lib.mp_sim_socket_push(self._sim, socket, data, len(data)))
 
-    def pop(self, socket: int, capacity_bytes: int = 1 << 20) -> bytes:
+    def pop(self, socket: int, capacity_bytes: int = _POP_BYTES) -> bytes:
         """What the core sent; b"" when nothing.  OSError EPIPE: and it closed the socket."""
-        out = ffi.new("uint8_t[]", capacity_bytes)
+        small = capacity_bytes <= _POP_BYTES
+        out = self._out if small else ffi.new("uint8_t[]", capacity_bytes)
         got = check(lib.mp_sim_socket_pop(self._sim, socket, out, capacity_bytes))
         return bytes(ffi.buffer(out, got))
 

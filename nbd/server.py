@@ -86,7 +86,7 @@ class NbdServer:
             path, mode=mode, group=group, backlog=self._limits.listen_backlog
         )
         self._paths.append(bound)
-        self._serve(listener)
+        self.serve_socket(listener)
 
     async def serve_tcp(self, address: Address, *, insecure_listen: bool = False) -> Address:
         """Listen on TCP; returns the address with the port that was chosen where 0 was asked for.
@@ -98,7 +98,7 @@ class NbdServer:
             address, insecure_listen=insecure_listen, backlog=self._limits.listen_backlog
         )
         for listener in listeners:
-            self._serve(listener)
+            self.serve_socket(listener)
         return Address(host=address.host, port=listeners[0].getsockname()[1])
 
     async def close(self) -> None:
@@ -121,7 +121,7 @@ class NbdServer:
             handshake.cancel()
         await asyncio.gather(*late, return_exceptions=True)
 
-    def _serve(self, listener: socket.socket) -> None:
+    def serve_socket(self, listener: socket.socket) -> None:
         """Accept on a listening, non-blocking socket of any stream family; owns it."""
         self._listeners.append(listener)
         self._acceptors.append(asyncio.create_task(self._accept_forever(listener)))

@@ -41,7 +41,7 @@ class StoreDaemon:
         self._store = store
         self._started_s = asyncio.get_running_loop().time()
         self._stop = asyncio.Event()
-        self._failure: BaseException | None = None
+        self.failure: BaseException | None = None  # why it stopped by itself
         self._closed = False
         self.link = CoreLink(self.core, store.notify_fd, self._fail)
         self.catalogue = Catalogue(self.link)
@@ -91,18 +91,14 @@ class StoreDaemon:
             store.core.start()
             daemon = cls(directory, store)
             daemon.link.start()
-            daemon.server = Server(
-                greeting=daemon.greeting,
-                make_session=daemon._make_session,
-                on_failure=daemon._fail,
+            await daemon.listen(
+                addresses,
                 insecure_listen=insecure_listen,
+                unix_mode=unix_mode,
+                unix_group=unix_group,
                 handshake_timeout_s=handshake_timeout_s,
                 connections_max=connections_max,
             )
-            for address in addresses:
-                daemon.addresses.append(
-                    await daemon.server.listen(address, mode=unix_mode, group=unix_group)
-                )
         except BaseException:
             if daemon is not None:
                 await daemon.close()
@@ -111,14 +107,38 @@ class StoreDaemon:
             raise
         return daemon
 
+    async def listen(
+        self,
+        addresses: Sequence[Address],
+        *,
+        insecure_listen: bool = False,
+        unix_mode: int = SOCKET_MODE,
+        unix_group: str | int | None = None,
+        handshake_timeout_s: float = limits.HANDSHAKE_TIMEOUT_S,
+        connections_max: int = limits.CONNECTIONS_MAX,
+    ) -> None:
+        """Let clients in; StoreError when an address cannot be had."""
+        self.server = Server(
+            greeting=self.greeting,
+            make_session=self._make_session,
+            on_failure=self._fail,
+            insecure_listen=insecure_listen,
+            handshake_timeout_s=handshake_timeout_s,
+            connections_max=connections_max,
+        )
+        for address in addresses:
+            self.addresses.append(
+                await self.server.listen(address, mode=unix_mode, group=unix_group)
+            )
+
     async def serve(self) -> None:
         """Serve until request_stop() or a failure, then close. Raises the failure."""
         try:
             await self._stop.wait()
         finally:
             await self.close()
-        if self._failure is not None:
-            raise self._failure
+        if self.failure is not None:
+            raise self.failure
 
     def request_stop(self) -> None:
         """Make serve() return; event loop only (a signal handler of the loop)."""
@@ -159,8 +179,8 @@ class StoreDaemon:
 
     def _fail(self, error: BaseException) -> None:
         """Whatever died takes the daemon down, loudly; the first cause is the one to report."""
-        if self._failure is None:
-            self._failure = error
+        if self.failure is None:
+            self.failure = error
             log.error("store stopped directory=%s: %s", self.directory, one_line(str(error)))
         self._stop.set()
 

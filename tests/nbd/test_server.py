@@ -434,7 +434,7 @@ def test_failing_accept_pauses_and_is_logged_once(
     server = served.start(accept_pause_s=0.02)
     deaf = socket.socket(socket.AF_UNIX)  # never listens: each accept fails, as without descriptors
     deaf.setblocking(False)
-    loop.loop.call_soon_threadsafe(server._serve, deaf)
+    loop.loop.call_soon_threadsafe(server.serve_socket, deaf)
     wait_until(lambda: server.counts["cannot accept"] >= 5)
     connect(served.uri()).close()
     loop.run(server.close())

@@ -9,6 +9,7 @@ import struct
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from millpond.native.drivers import Sim
 from sim.history import Kind, Op
@@ -29,6 +30,20 @@ class InFlight:
     ticket: ReadTicket | None = None
 
 
+class Peer(Protocol):
+    """Where a connection leads."""
+
+    def push(self, socket: int, data: bytes) -> object:
+        """Send."""
+
+    def pop(self, socket: int) -> bytes:
+        """What came; b"" when nothing."""
+
+
+def _none_was_due(op: Op, error: int) -> None:
+    raise Illegal(f"a {op.kind.name} got error {error}; none was due")
+
+
 class Guest:
     """One connection at a time."""
 
@@ -39,7 +54,9 @@ class Guest:
         self.in_flight: dict[int, InFlight] = {}
         self.pausing = False
         self.acknowledged: Callable[[], None] = lambda: None  # a mutation was, just now
-        self._sim: Sim | None = None
+        self.failed: Callable[[Op, int], None] = _none_was_due
+        self.answered = 0
+        self._sim: Peer | None = None
         self._socket = 0
         self._received = bytearray()
         self._cookie = 0
@@ -54,7 +71,7 @@ class Guest:
         self._sim = None
         self.in_flight.clear()
 
-    def attach(self, sim: Sim, socket: int) -> None:
+    def attach(self, sim: Peer, socket: int) -> None:
         """A new connection; what the old one left unanswered stays so."""
         self._sim, self._socket = sim, socket
         self._received.clear()
@@ -108,16 +125,18 @@ class Guest:
             if magic != REPLY_MAGIC or cookie not in self.in_flight:
                 raise Illegal(f"not a reply: magic {magic:#x}, cookie {cookie}")
             flight = self.in_flight[cookie]
-            if error:
-                raise Illegal(f"a {flight.op.kind.name} got error {error}; none was due")
-            length = flight.op.length_bytes if flight.ticket is not None else 0
+            length = flight.op.length_bytes if flight.ticket is not None and not error else 0
             if len(self._received) - at < REPLY.size + length:
                 break
             at += REPLY.size + length
             del self.in_flight[cookie]
-            self._answered(flight, bytes(self._received[at - length : at]))
+            if error:
+                self.failed(flight.op, error)
+            else:
+                self._answered(flight, bytes(self._received[at - length : at]))
             count += 1
         del self._received[:at]
+        self.answered += count
         return count
 
     def _answered(self, flight: InFlight, data: bytes) -> None:

@@ -16,6 +16,7 @@ from millpond.native.engine import Engine, EngineOptions, NativeError
 from millpond.native.store import StoreCore, StoreOpenError, StoreOptions, format_store
 from sim.oracle import Illegal
 
+KIB = 1 << 10
 MIB = 1 << 20
 CACHE_ID = b"cache of a test."
 STORE_ID = b"store of a test."

@@ -12,7 +12,7 @@ Failure modes: Illegal, with the block and the mutation.
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 BLOCK = 4096
@@ -204,15 +204,19 @@ class Disk:
         *,
         required: Callable[[Mutation], bool],
         impossible: Iterable[Mutation] = (),
+        unknown: Collection[int] = (),
     ) -> set[Mutation]:
-        """The mutations that this image does not show, as few as can be.  Illegal."""
-        search = _Search(self, image, required)
+        """The mutations that this image does not show, as few as can be.  Illegal.
+
+        unknown: blocks that could not be read; they may show anything.
+        """
+        search = _Search(self, image, required, unknown)
         for mutation in impossible:
             search.leave_out(mutation, "it is newer than the position")
         search.run()
         return search.left_out
 
-    def check_position(self, image: bytes, sequence: int) -> None:
+    def check_position(self, image: bytes, sequence: int, unknown: Collection[int] = ()) -> None:
         """The image is the state after exactly so many mutations in log order, if any order is."""
         acknowledged = sorted(m.acknowledged for m in self.mutations if m.acknowledged is not None)
         submitted = [mutation.submitted for mutation in self.mutations]
@@ -227,16 +231,24 @@ class Disk:
             return count - 1 - after < sequence
 
         newer = [m for m in self.mutations if bisect_left(acknowledged, m.submitted) >= sequence]
-        self.explain(image, required=required, impossible=newer)
+        self.explain(image, required=required, impossible=newer, unknown=unknown)
 
-    def recovered(self, image: bytes, sequence: int, required: Callable[[Mutation], bool]) -> None:
+    def recovered(
+        self,
+        image: bytes,
+        sequence: int,
+        required: Callable[[Mutation], bool],
+        *,
+        durable: bool = True,
+        unknown: Collection[int] = (),
+    ) -> None:
         """A cache came back with this image at this position: what it does not show is gone.
 
-        What it shows is on the device for good: recovery synced it.
+        durable: what it shows is on the device for good, because recovery synced it.
         """
-        gone = self.explain(image, required=required)
+        gone = self.explain(image, required=required, unknown=unknown)
         while len(self.mutations) - len(gone) > sequence:
-            gone = self._without_one_more(image, gone, sequence, required)
+            gone = self._without_one_more(image, gone, sequence, required, unknown)
         self._forget(gone)
         self.mutations = [mutation for mutation in self.mutations if mutation not in gone]
         if len(self.mutations) != sequence:
@@ -245,7 +257,7 @@ class Disk:
             )
         self.now += 1
         for mutation in self.mutations:
-            mutation.durable = True
+            mutation.durable |= durable
             if mutation.acknowledged is None:
                 mutation.acknowledged = self.now
         for block in self.blocks:
@@ -266,13 +278,16 @@ class Disk:
         gone: set[Mutation],
         sequence: int,
         required: Callable[[Mutation], bool],
+        unknown: Collection[int],
     ) -> set[Mutation]:
         """Zeroes over zeroes: the image cannot tell whether they happened; the position can."""
         for last in reversed(self.mutations):
             if last in gone or required(last):
                 continue
             try:
-                more = self.explain(image, required=required, impossible=gone | {last})
+                more = self.explain(
+                    image, required=required, impossible=gone | {last}, unknown=unknown
+                )
             except Illegal:
                 continue
             if len(self.mutations) - len(more) >= sequence:
@@ -288,11 +303,18 @@ class _Search:
     no legal set.  If that includes something required, nothing explains the image.
     """
 
-    def __init__(self, disk: Disk, image: bytes, required: Callable[[Mutation], bool]) -> None:
+    def __init__(
+        self,
+        disk: Disk,
+        image: bytes,
+        required: Callable[[Mutation], bool],
+        unknown: Collection[int],
+    ) -> None:
         assert len(image) == len(disk.blocks) * BLOCK
         self._disk = disk
         self._image = image
         self._required = required
+        self._unknown = unknown
         self._newest = [len(block.contents) - 1 for block in disk.blocks]
         self._horizon = disk.now + 1  # what was sent after this is left out
         self.left_out: set[Mutation] = set()
@@ -303,6 +325,8 @@ class _Search:
         while changed:
             changed = False
             for number, block in enumerate(self._disk.blocks):
+                if number in self._unknown:
+                    continue
                 shown = self._image[number * BLOCK : (number + 1) * BLOCK]
                 while block.contents[self._newest[number]] != shown:
                     mutation = block.mutations[self._newest[number]]
