@@ -273,6 +273,14 @@ static void ack_early(struct mutation *mutation)
 		request_slice_done(request);
 }
 
+static void ack_all_early(struct append *append)
+{
+	struct link *at;
+
+	for (at = append->mutations.next; at != &append->mutations; at = at->next)
+		ack_early(CONTAINER(at, struct mutation, in_queue));
+}
+
 /* The next record, of data or of ranges, from what waits in queue. */
 static bool append_next(struct volume *volume, struct link *queue)
 {
@@ -303,7 +311,8 @@ static bool append_next(struct volume *volume, struct link *queue)
 		mutation->sequence = ++volume->last_sequence;
 		mutation->state = MUTATION_LOGGING;
 		used += describe(append, mutation, table + used);
-		if (fault(engine, MP_FAULT_ACK_BEFORE_WRITE))
+		if (fault(engine, MP_FAULT_ACK_BEFORE_WRITE) ||
+		    (fault(engine, MP_FAULT_ACK_TRIM_EARLY) && mutation->kind != MUTATION_DATA))
 			ack_early(mutation);
 	}
 	append->last_sequence = volume->last_sequence;
@@ -495,6 +504,8 @@ static void append_done(struct mp_io *io)
 	append->done = true;
 	if (io->result < 0)
 		log_failed(engine, (int)-io->result, "a write to the log failed");
+	else if (fault(engine, MP_FAULT_ACK_OUT_OF_ORDER))
+		ack_all_early(append);
 	/* In order: a later record may be complete, but recovery would not reach it before this
 	 * one. After a failure nobody is acknowledged before all since the last good sync is
 	 * written elsewhere. */

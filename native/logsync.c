@@ -46,7 +46,7 @@ static void sync_done(struct mp_io *io)
 	engine->ios_inflight--;
 	engine->sync.running = false;
 	engine->sync.ended_ns = engine->now_ns;
-	if (io->result < 0) {
+	if (io->result < 0 && !fault(engine, MP_FAULT_FAILED_SYNC_IS_GOOD)) {
 		log_failed(engine, (int)-io->result, "a sync of the log failed");
 		engine->sync.wanted = true;
 		return;

@@ -176,7 +176,10 @@ static void verify(struct part *part)
 		uint64_t found = mp_block_checksum(read->volume->seed, read->first_block + i,
 						   read->buffer + (uint64_t)i * MP_BLOCK_BYTES,
 						   MP_BLOCK_BYTES);
-		if (source->kind == SOURCE_LOG && found != source->checksum)
+		if (source->kind == SOURCE_LOG && found != source->checksum &&
+		    fault(engine, MP_FAULT_DIRTY_IS_MISS))
+			source->kind = SOURCE_MISS;
+		else if (source->kind == SOURCE_LOG && found != source->checksum)
 			log_block_bad(read, i);
 		else if (source->kind == SOURCE_SLOT) {
 			if (mp_slots_checksum(found) != source->checksum)

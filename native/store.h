@@ -17,7 +17,8 @@ enum mp_store_fault { MP_STORE_FAULT_ACK_BEFORE_SYNC = 1, MP_STORE_FAULT_SKIP_SY
 	MP_STORE_FAULT_HALF_BATCH = 4, MP_STORE_FAULT_OLD_EPOCH = 8,
 	MP_STORE_FAULT_SKIP_CHECKSUM = 16, MP_STORE_FAULT_APPLY_GAP = 32,
 	MP_STORE_FAULT_NO_INCARNATION = 64, MP_STORE_FAULT_CHECKPOINT_BEFORE_DATA = 128,
-	MP_STORE_FAULT_PUNCH_EARLY = 256 };
+	MP_STORE_FAULT_PUNCH_EARLY = 256, MP_STORE_FAULT_FAILED_SYNC_IS_GOOD = 512,
+	MP_STORE_FAULT_OLD_LINEAGE = 1024 };
 struct mp_store_options {
 	uint64_t segment_bytes;            /* of new segments; default 64 MiB */
 	uint64_t page_cache_bytes;         /* map and extent-table pages kept in RAM */

@@ -87,11 +87,13 @@ static uint32_t batch_admission(struct mp_store *store, const struct store_batch
 		return MP_STATUS_INVALID;
 	if (batch->epoch < state->epoch && !store_fault(store, MP_STORE_FAULT_OLD_EPOCH))
 		return MP_STATUS_STALE_EPOCH;
-	if (lineage_index(state, batch->lineage) < 0 ||
-	    lineage_index(state, batch->lineage) < lineage_index(state, state->lineage))
+	if ((lineage_index(state, batch->lineage) < 0 ||
+	     lineage_index(state, batch->lineage) < lineage_index(state, state->lineage)) &&
+	    !store_fault(store, MP_STORE_FAULT_OLD_LINEAGE))
 		return MP_STATUS_LINEAGE;
 	/* A newer writer cannot repeat what an older one did. */
-	if (batch->last_sequence <= state->applied_sequence && batch->lineage != state->lineage)
+	if (!store_fault(store, MP_STORE_FAULT_OLD_LINEAGE) &&
+	    batch->last_sequence <= state->applied_sequence && batch->lineage != state->lineage)
 		return MP_STATUS_CONFLICT;
 	if (batch->first_sequence > state->applied_sequence + 1 &&
 	    !store_fault(store, MP_STORE_FAULT_APPLY_GAP))

@@ -339,7 +339,7 @@ static void synced(struct store_io *io)
 	struct mp_store *store = io->store;
 
 	store->syncing = 0;
-	if (io->io.result < 0) {
+	if (io->io.result < 0 && !store_fault(store, MP_STORE_FAULT_FAILED_SYNC_IS_GOOD)) {
 		store_fail(store, (int)io->io.result, "cannot sync segment", io->io.file, 0);
 		return;
 	}

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 
 from millpond.native import lib
-from store_support import BLOCK, World, Write, batch_payload, fill
+from store_support import BLOCK, LINEAGE, World, Write, batch_payload, fill
 
 BLOCKS = 16
 OLD = fill(1, BLOCKS)
@@ -56,11 +56,17 @@ def of_an_older_epoch(world: World) -> int:
     return send(world, batch_payload([Write(0, NEW)], first=SECOND, epoch=state.epoch))
 
 
+def of_a_lineage_that_nobody_opened(world: World) -> int:
+    """Its writer's open was never put on record, or is forgotten."""
+    return send(world, batch_payload([Write(0, NEW)], first=SECOND, lineage=LINEAGE + 1))
+
+
 SCENARIOS = (
     ("MP_STORE_FAULT_HALF_BATCH", half_a_batch, "MP_STATUS_INVALID"),
     ("MP_STORE_FAULT_APPLY_GAP", after_a_gap, "MP_STATUS_GAP"),
     ("MP_STORE_FAULT_SKIP_CHECKSUM", with_a_flipped_bit, "MP_STATUS_CORRUPT"),
     ("MP_STORE_FAULT_OLD_EPOCH", of_an_older_epoch, "MP_STATUS_STALE_EPOCH"),
+    ("MP_STORE_FAULT_OLD_LINEAGE", of_a_lineage_that_nobody_opened, "MP_STATUS_LINEAGE"),
 )
 
 
