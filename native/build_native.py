@@ -31,6 +31,7 @@ HEADERS = (
     "slots.h",
     "buffers.h",
     "store.h",
+    "storefsck.h",
     "engine.h",
 )
 

@@ -339,9 +339,7 @@ static void set_limits(struct mp_store *store, const struct mp_store_options *op
 		store->dirty_limit = store->options.segment_bytes / MP_PAGE_BYTES / 2;
 }
 
-struct mp_store *mp_store_open(struct mp_driver *driver, const struct mp_store_options *options,
-			       int *error,
-			       char *message, uint64_t message_bytes)
+static struct mp_store *make(struct mp_driver *driver, const struct mp_store_options *options)
 {
 	struct mp_store *store = store_allocate(sizeof *store);
 
@@ -351,6 +349,15 @@ struct mp_store *mp_store_open(struct mp_driver *driver, const struct mp_store_o
 	driver->owner = store;
 	set_limits(store, options);
 	store->clean_limit = UINT64_MAX; /* until segment_bytes is known */
+	return store;
+}
+
+struct mp_store *mp_store_open(struct mp_driver *driver, const struct mp_store_options *options,
+			       int *error,
+			       char *message, uint64_t message_bytes)
+{
+	struct mp_store *store = make(driver, options);
+
 	*error = store_recover(store, message, message_bytes);
 	if (*error) {
 		mp_store_free(store);
@@ -358,6 +365,17 @@ struct mp_store *mp_store_open(struct mp_driver *driver, const struct mp_store_o
 	}
 	set_limits(store, options);
 	store->published = store->counters;
+	return store;
+}
+
+struct mp_store *store_open_to_look(struct mp_driver *driver,
+				    const struct mp_store_options *options, enum store_look *look,
+				    char *message, uint64_t message_bytes)
+{
+	struct mp_store *store = make(driver, options);
+
+	*look = store_recover_look(store, message, message_bytes);
+	set_limits(store, options);
 	return store;
 }
 

@@ -59,6 +59,10 @@ enum {
 struct mp_store;
 struct store_page;
 
+/* What a look without a change has found: no superblock or no checkpoint; a state between two
+ * groups of the log; a state as of its applied position. */
+enum store_look { STORE_LOOK_NOTHING, STORE_LOOK_PARTLY, STORE_LOOK_WHOLE };
+
 /* An I/O of the store; embedded in what owns it. */
 struct store_io {
 	struct mp_io io;
@@ -349,8 +353,14 @@ struct store_volume *store_volume_find(struct mp_store *store, const uint8_t *id
 struct store_volume *store_volume_add(struct mp_store *store, const uint8_t *id);
 void store_volume_remove(struct mp_store *store, struct store_volume *volume);
 void store_dispatch(struct mp_store *store);
+/* Reads only, and stays that way: for who looks at a store that nobody serves. Never NULL; message
+ * says what would refuse to open, or is empty. */
+struct mp_store *store_open_to_look(struct mp_driver *driver,
+				    const struct mp_store_options *options, enum store_look *look,
+				    char *message, uint64_t message_bytes);
 /* storerecover.c */
 int store_recover(struct mp_store *store, char *message, uint64_t message_bytes);
+enum store_look store_recover_look(struct mp_store *store, char *message, uint64_t message_bytes);
 
 /* storeconnection.c */
 struct store_chunk *store_reply_start(const struct store_request *request, uint64_t payload_bytes,
@@ -463,6 +473,7 @@ void store_checkpoint_free(struct mp_store *store);
 uint8_t *store_checkpoint_encode(struct mp_store *store, uint64_t *length_bytes);
 int store_checkpoint_load(struct mp_store *store, char *message, uint64_t message_bytes);
 void store_super_seal(struct mp_store_super *super);
+int store_super_valid(const struct mp_store_super *super);
 int store_super_load(struct mp_store *store, char *message, uint64_t message_bytes);
 int64_t store_super_write(struct mp_store *store); /* both copies, blocking: recovery only */
 

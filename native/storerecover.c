@@ -375,24 +375,38 @@ static int sync_log(struct recovery *recovery, uint64_t first_segment)
 	return 0;
 }
 
-static int run(struct recovery *recovery)
+static int load(struct recovery *recovery)
 {
 	struct mp_store *store = recovery->store;
 	int error = store_super_load(store, recovery->message, recovery->message_bytes);
-	uint64_t first_segment;
 
 	store->applied.commit = 1;
 	if (!error && store->super.checkpoint_segment)
 		error = store_checkpoint_load(store, recovery->message, recovery->message_bytes);
 	if (!error)
 		error = list_files(recovery);
+	return error;
+}
+
+static int roll_forward(struct recovery *recovery)
+{
+	int error = find_heads(recovery);
+
+	while (!error && (error = roll(recovery)) == 1)
+		error = 0;
+	return error;
+}
+
+static int run(struct recovery *recovery)
+{
+	struct mp_store *store = recovery->store;
+	int error = load(recovery);
+	uint64_t first_segment = store->applied.segment;
+
 	if (!error)
 		error = all_present(recovery);
 	if (!error)
-		error = find_heads(recovery);
-	first_segment = store->applied.segment;
-	while (!error && (error = roll(recovery)) == 1)
-		error = 0;
+		error = roll_forward(recovery);
 	if (!error)
 		error = check_end(recovery);
 	if (!error)
@@ -402,6 +416,28 @@ static int run(struct recovery *recovery)
 	if (!error)
 		error = new_incarnation(recovery);
 	return error;
+}
+
+enum store_look store_recover_look(struct mp_store *store, char *message, uint64_t message_bytes)
+{
+	struct recovery recovery = {.store = store, .message = message,
+				    .message_bytes = message_bytes};
+	enum store_look look = STORE_LOOK_NOTHING;
+
+	/* For good: pages are read blocking, and nothing is ever submitted but reads. */
+	store->recovering = 1;
+	if (!load(&recovery)) {
+		look = STORE_LOOK_PARTLY;
+		if (!roll_forward(&recovery)) {
+			look = STORE_LOOK_WHOLE;
+			(void)check_end(&recovery);
+			if (!message[0])
+				(void)all_present(&recovery);
+		}
+	}
+	free(recovery.files);
+	free(recovery.heads);
+	return look;
 }
 
 int store_recover(struct mp_store *store, char *message, uint64_t message_bytes)

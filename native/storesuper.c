@@ -48,7 +48,7 @@ int mp_store_format(struct mp_driver *driver, const uint8_t *store_id, uint64_t 
 	return result < 0 ? (int)result : 0;
 }
 
-static int valid(const struct mp_store_super *super)
+int store_super_valid(const struct mp_store_super *super)
 {
 	return super->magic == MP_STORE_SUPER_MAGIC && super->checksum == checksum(super);
 }
@@ -72,8 +72,8 @@ int store_super_load(struct mp_store *store, char *message, uint64_t message_byt
 	int best = -1;
 
 	for (int i = 0; result >= 0 && i < 2; i++)
-		if (valid(&supers[i]) && (best < 0 ||
-					  supers[i].generation > supers[best].generation))
+		if (store_super_valid(&supers[i]) &&
+		    (best < 0 || supers[i].generation > supers[best].generation))
 			best = i;
 	if (best >= 0) {
 		store->super = supers[best];

@@ -48,7 +48,7 @@ class OpenStore:
             exists = os.path.exists(os.path.join(directory, SUPERBLOCK_NAME))
             if not exists:
                 _check_may_format(directory, format_when_empty=format_when_empty)
-            self._driver = _make_driver(directory)
+            self._driver = make_driver(directory)
             try:
                 if not exists:
                     format_store(
@@ -139,7 +139,7 @@ def _check_may_format(directory: str, *, format_when_empty: bool) -> None:
         )
 
 
-def _make_driver(directory: str) -> Any:
+def make_driver(directory: str) -> Any:
     """The real world for this directory; the driver owns a descriptor of its own."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     driver = lib.mp_driver_linux_directory(fd)
