@@ -29,6 +29,7 @@ struct fsck_window {
 
 struct fsck_segment {
 	uint64_t id, length_bytes;          /* of log in it */
+	uint64_t head_commit;               /* without a table: of its first group */
 	uint64_t first_commit, last_commit; /* 0: none seen */
 	uint8_t *marks;                     /* one per extent: FSCK_MARK_* */
 	uint32_t mark_count;

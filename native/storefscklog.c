@@ -35,12 +35,14 @@ static int group_at(struct mp_fsck *fsck, const struct fsck_segment *segment, ui
 	       group->length_bytes <= segment->length_bytes - offset_bytes;
 }
 
-static void add_segment(struct mp_fsck *fsck, uint64_t id, uint64_t length_bytes)
+static void add_segment(struct mp_fsck *fsck, uint64_t id, uint64_t length_bytes,
+			uint64_t head_commit)
 {
 	fsck->segments = store_grow(fsck->segments, &fsck->segment_capacity,
 				    fsck->segment_count + 1, sizeof *fsck->segments);
 	fsck->segments[fsck->segment_count++] =
-		(struct fsck_segment){.id = id, .length_bytes = length_bytes};
+		(struct fsck_segment){.id = id, .length_bytes = length_bytes,
+				      .head_commit = head_commit};
 }
 
 /* No table to say where the log ends: how far the groups say that it was synced. */
@@ -72,7 +74,7 @@ static void take_files(struct mp_fsck *fsck)
 
 		if (!segment.id || !group_at(fsck, &segment, 0, &group))
 			continue;
-		add_segment(fsck, segment.id, segment.length_bytes);
+		add_segment(fsck, segment.id, segment.length_bytes, group.commit);
 		survey_segment(fsck, &segment);
 	}
 	free(files);
@@ -88,7 +90,7 @@ void fsck_log_prepare(struct mp_fsck *fsck)
 		const struct store_segment *segment = fsck->store->segments[i];
 
 		if (segment->kind == MP_GROUP_DATA)
-			add_segment(fsck, segment->id, segment->length_bytes);
+			add_segment(fsck, segment->id, segment->length_bytes, 0);
 	}
 }
 
@@ -161,12 +163,26 @@ static int is_lost_evidence(struct mp_fsck *fsck, const struct fsck_segment *seg
 	return block && mp_is_zero(block, MP_BLOCK_BYTES);
 }
 
+/* Without a table: what lies behind the last group of a segment is nobody's. It may hold groups
+ * that an earlier open had given up. */
+static int log_ends(const struct mp_fsck *fsck, const struct fsck_segment *segment)
+{
+	const struct fsck_segment *end = fsck->segments + fsck->segment_count;
+
+	if (fsck->store)
+		return 0;
+	return segment + 1 < end ? segment[1].head_commit <= fsck->next_commit
+				 : fsck->next_commit > fsck->synced_commit;
+}
+
 /* No group at offset: report it, and go on with the next one there is. */
 static uint64_t skip(struct mp_fsck *fsck, struct fsck_segment *segment, uint64_t offset_bytes)
 {
 	uint64_t next = offset_bytes + MP_BLOCK_BYTES;
 	struct mp_group group;
 
+	if (log_ends(fsck, segment))
+		return segment->length_bytes;
 	if (is_lost_evidence(fsck, segment, offset_bytes)) {
 		fsck->next_commit++; /* not missing: there was nothing in it */
 		fsck->last_checksum = 0;
@@ -174,8 +190,6 @@ static uint64_t skip(struct mp_fsck *fsck, struct fsck_segment *segment, uint64_
 	}
 	while (next < segment->length_bytes && !group_at(fsck, segment, next, &group))
 		next += MP_BLOCK_BYTES;
-	if (!is_certain(fsck, fsck->next_commit))
-		return segment->length_bytes;
 	segment->damaged = 1;
 	segment->next_index = FSCK_NUMBER_LOST;
 	if (is_first_pass(fsck))
