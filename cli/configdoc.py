@@ -9,6 +9,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import msgspec
 
 from millpond.cli.configtypes import FILES, Duration, Mode, Rate, Size
+from millpond.cli.output import format_size
 
 WIDTH = 96
 KINDS = {
@@ -37,9 +38,7 @@ class Key:
         default = None if field.required else field.default
         if default is msgspec.NODEFAULT:
             default = field.default_factory()
-        if isinstance(default, Mode):
-            default = f"{default:04o}"
-        self.default = "not set" if default is None else _toml(default)
+        self.default = "not set" if default is None else _toml(_written(default))
 
 
 def keys_of(table: type[msgspec.Struct]) -> list[Key]:
@@ -97,6 +96,17 @@ def reference() -> str:
                 for key in keys_of(table)
             ]
     return "\n".join(lines) + "\n"
+
+
+def _written(default: Any) -> Any:
+    """As a person writes it."""
+    if isinstance(default, Mode):
+        return f"{default:04o}"
+    if isinstance(default, Size | Rate):
+        return f"{format_size(default)}iB"
+    if isinstance(default, Duration):
+        return f"{default / 86400:g}d"
+    return default
 
 
 def _about(heading: str, table: type[msgspec.Struct]) -> str:

@@ -162,6 +162,23 @@ class StoreTable(Table, frozen=True, kw_only=True):
             "256MiB",
         ),
     ] = None
+    scrub_rate: Annotated[
+        Rate,
+        key(
+            "What is stored is read in the background, at most so many bytes per second, to see"
+            ' whether it still verifies; clients go first. "0" turns it off. What it finds is in'
+            " the log and in `millpond store status`.",
+            "32MiB",
+        ),
+    ] = Rate(8 << 20)
+    scrub_every: Annotated[
+        Duration,
+        key(
+            "From the start of one pass over everything to that of the next, at least. One that"
+            " takes longer is followed at once: 8MiB per second are 4.6 TiB in a week.",
+            "14d",
+        ),
+    ] = Duration(7 * 86400)
     listen: Annotated[
         list[str],
         key("Addresses besides that socket, each HOST:PORT or unix:/path.", ["127.0.0.1:7711"]),

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import signal
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import typer
@@ -103,6 +103,7 @@ def status(
             "live": format_size(answer["live_bytes"]),
             "batches": str(answer["applied_batches"]),
             "checksum errors": str(answer["checksum_errors"]),
+            "scrub": _scrub_text(answer),
         }
     )
 
@@ -153,6 +154,22 @@ def _summary_line(report: Report) -> str:
     return f"{report.directory}: {found}; {seen}"
 
 
+def _scrub_text(answer: dict[str, Any]) -> str:
+    """Where scrubbing is, how often it was through, and what it found."""
+    if not answer["scrub_bytes_per_s"]:
+        return "off"
+    ago_s, passes = answer["scrub_finished_ago_s"], answer["scrub_passes"]
+    at = f"segment {answer['scrub_segment']} at {answer['scrub_offset_bytes']}"
+    done = f"{passes} passes"
+    if ago_s is not None:
+        done += f", last finished {ago_s:.0f}s ago with {answer['scrub_bad_last_pass']} bad"
+    bad = f"{answer['scrub_bad']} bad in this one" if answer["scrub_segment"] else "resting"
+    return (
+        f"{at if answer['scrub_segment'] else 'between passes'}; {done}; {bad};"
+        f" {format_size(answer['scrub_verified_bytes'])} verified"
+    )
+
+
 async def _serve(table: StoreTable, *, format_when_empty: bool) -> None:
     daemon = await StoreDaemon.start(
         table.directory,
@@ -162,6 +179,8 @@ async def _serve(table: StoreTable, *, format_when_empty: bool) -> None:
         unix_mode=table.socket_mode,
         unix_group=table.socket_group,
         page_cache_bytes=table.page_cache or 0,
+        scrub_bytes_per_s=int(table.scrub_rate),
+        scrub_interval_s=float(table.scrub_every),
     )
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

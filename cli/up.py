@@ -25,6 +25,7 @@ from millpond.cache.chance import Chance
 from millpond.cache.daemon import CacheConfig, CacheDaemon
 from millpond.cache.device import format_cache, sync_directory
 from millpond.cache.errors import escaped
+from millpond.cli.configtypes import StoreTable
 from millpond.cli.foreground import (
     AverageRateOption,
     PeakRateOption,
@@ -153,8 +154,13 @@ async def _up(
     signals = StopSignals()
     has_cache = check_cache_file(place, cache_bytes)
     check_store_directory(place, may_create=not has_cache)
+    defaults = StoreTable(directory=place.store)
     store = await StoreDaemon.start(
-        place.store, listen=[f"unix:{place.store_socket}"], format_when_empty=not has_cache
+        place.store,
+        listen=[f"unix:{place.store_socket}"],
+        format_when_empty=not has_cache,
+        scrub_bytes_per_s=int(defaults.scrub_rate),
+        scrub_interval_s=float(defaults.scrub_every),
     )
     serving_store = asyncio.create_task(store.serve())
     try:

@@ -184,6 +184,8 @@ void store_dispatch(struct mp_store *store)
 	inbox = store->inbox;
 	store->inbox = (struct store_queue){0};
 	pthread_mutex_unlock(&store->mutex);
+	if (inbox.head)
+		store->client_ns = store->turn_ns;
 	while ((request = store_queue_pop(&inbox)))
 		dispatch(store, request);
 }
@@ -235,6 +237,7 @@ static void turn(struct mp_store *store)
 	store_graves_advance(store);
 	store_checkpoint_advance(store);
 	store_sweep_advance(store);
+	store_scrub_advance(store);
 	store_reclaim(store);
 	store_sockets_flush(store);
 	store_pages_trim(store);
@@ -248,6 +251,7 @@ static void turn(struct mp_store *store)
 static int64_t patience_ns(const struct mp_store *store, int64_t timeout_ns)
 {
 	int64_t limit_ns = -1;
+	uint64_t scrub_ns = store_scrub_wake_ns(store);
 
 	if (store->winding_down && !store->ios_in_flight)
 		return 0;
@@ -258,6 +262,13 @@ static int64_t patience_ns(const struct mp_store *store, int64_t timeout_ns)
 				   ? (int64_t)(store->evidence_due_ns - store->turn_ns) : 0;
 	if (store->full_until_ns > store->turn_ns && store->queue.head)
 		limit_ns = (int64_t)(store->full_until_ns - store->turn_ns);
+	if (scrub_ns != UINT64_MAX) {
+		int64_t left_ns = scrub_ns > store->turn_ns ? (int64_t)(scrub_ns - store->turn_ns)
+							    : 0;
+
+		if (limit_ns < 0 || left_ns < limit_ns)
+			limit_ns = left_ns;
+	}
 	if (limit_ns >= 0 && (timeout_ns < 0 || timeout_ns > limit_ns))
 		return limit_ns;
 	return timeout_ns;
@@ -406,6 +417,7 @@ void mp_store_free(struct mp_store *store)
 	}
 	store_pages_free(store);
 	free(store->sweep.head);
+	store_scrub_free(store);
 	store_segments_free(store);
 	free(store->origins);
 	pthread_mutex_destroy(&store->mutex);

@@ -24,11 +24,33 @@ struct mp_store_options {
 	uint64_t page_cache_bytes;         /* map and extent-table pages kept in RAM */
 	uint64_t checkpoint_every_bytes;   /* of log */
 	uint64_t test_faults;              /* enum mp_store_fault; tests only */
+	uint64_t scrub_bytes_per_s;        /* read in the background to verify it; 0: off */
+	uint64_t scrub_interval_ns;        /* from the start of a pass to that of the next */
+};
+/* What scrubbing found. A pass tells of an extent, a record or a page of a table once. */
+enum mp_scrub_kind {
+	MP_SCRUB_EXTENT = 1,               /* stored bytes that do not verify */
+	MP_SCRUB_RECORD,                   /* a group's or record's header, table or state */
+	/* a page of an extent table; blocks: numbers of extents */
+	MP_SCRUB_TABLE,
+	MP_SCRUB_UNREADABLE                /* of an extent or, with no blocks, of a record */
+};
+struct mp_scrub_finding {
+	uint32_t kind;                     /* enum mp_scrub_kind */
+	uint32_t reserved;
+	uint8_t volume[16];                /* that wrote the blocks; zero: none in particular */
+	uint64_t first_block, block_count, segment, offset_bytes;
 };
 struct mp_store_counters {
 	uint64_t applied_batches, repeated_batches, refused_batches, groups, syncs, appended_bytes,
 		payload_bytes, reads, read_bytes, checksum_errors, io_errors, checkpoints,
-		live_bytes, punched_bytes, segments, pages_in_memory, volumes, failed;
+		live_bytes, punched_bytes, segments, pages_in_memory, volumes, failed,
+		/* Scrubbing. Where it is (segment 0: between passes), passes finished, and when the
+		 * last one was, by the driver's clock (0: none); read and verified of all passes;
+		 * bad in this pass, or the last if it is over, and in the last that is over. */
+		scrub_segment, scrub_offset_bytes, scrub_passes, scrub_finished_ns,
+		scrub_read_bytes, scrub_verified_bytes, scrub_bad, scrub_bad_last_pass,
+		scrub_yields;              /* reads that were put off for clients */
 };
 /* Format an empty store directory (superblock, synced). -EEXIST when file 0 exists. */
 int mp_store_format(struct mp_driver *driver, const uint8_t *store_id, uint64_t segment_bytes);
@@ -75,6 +97,9 @@ int64_t mp_store_list_volumes(struct mp_store *store, struct mp_volume_state *ou
 /* stored bytes reachable (approximate) */
 uint64_t mp_store_volume_bytes(struct mp_store *store, const uint8_t *id);
 void mp_store_counters(struct mp_store *store, struct mp_store_counters *out);
+/* Findings of scrubbing, oldest first, at most capacity; they are forgotten. Any thread. */
+int64_t mp_store_scrub_findings(struct mp_store *store, struct mp_scrub_finding *out,
+				uint64_t capacity);
 /* 0, or -errno why it stopped */
 int mp_store_failure(struct mp_store *store, char *message, uint64_t message_bytes);
 /* cdef: end */

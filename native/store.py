@@ -12,6 +12,7 @@ import errno
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from enum import IntEnum
 from typing import Any
 
 from millpond.native import ffi, lib
@@ -19,6 +20,8 @@ from millpond.native import ffi, lib
 __all__ = [
     "Lineage",
     "ProtocolError",
+    "ScrubFinding",
+    "ScrubKind",
     "StoreCore",
     "StoreOpenError",
     "StoreOptions",
@@ -124,6 +127,29 @@ class StoreOptions:
     page_cache_bytes: int = 0
     checkpoint_every_bytes: int = 0
     test_faults: int = 0
+    scrub_bytes_per_s: int = 0
+    scrub_interval_ns: int = 0
+
+
+class ScrubKind(IntEnum):
+    """enum mp_scrub_kind of store.h."""
+
+    EXTENT = lib.MP_SCRUB_EXTENT
+    RECORD = lib.MP_SCRUB_RECORD
+    TABLE = lib.MP_SCRUB_TABLE
+    UNREADABLE = lib.MP_SCRUB_UNREADABLE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScrubFinding:
+    """struct mp_scrub_finding: something that does not verify. No blocks: a record."""
+
+    kind: ScrubKind
+    volume: bytes
+    first_block: int
+    block_count: int
+    segment: int
+    offset_bytes: int
 
 
 def format_store(driver: Any, store_id: bytes, *, segment_bytes: int = 64 << 20) -> None:
@@ -256,6 +282,22 @@ class StoreCore:
         out = ffi.new("struct mp_store_counters *")
         lib.mp_store_counters(self._living(), out)
         return {name: getattr(out, name) for name, _ in ffi.typeof(out[0]).fields}
+
+    def scrub_findings(self, capacity: int = 64) -> list[ScrubFinding]:
+        """What scrubbing found since the last call."""
+        out = ffi.new("struct mp_scrub_finding[]", capacity)
+        count = lib.mp_store_scrub_findings(self._living(), out, capacity)
+        return [
+            ScrubFinding(
+                kind=ScrubKind(found.kind),
+                volume=bytes(found.volume),
+                first_block=found.first_block,
+                block_count=found.block_count,
+                segment=found.segment,
+                offset_bytes=found.offset_bytes,
+            )
+            for found in out[0:count]
+        ]
 
     def failure(self) -> str | None:
         """Why the store acknowledges nothing any more; None: it is well."""

@@ -36,6 +36,8 @@ enum {
 	STORE_PUNCHES_IN_FLIGHT = 16,
 	STORE_DEAD_RANGES_MAX = 1 << 20,    /* beyond: left to the removal of whole segments */
 	STORE_GRAVE_PAGES_PER_TURN = 32,
+	STORE_SCRUB_STEPS = 256,            /* per turn: looks at what is in memory */
+	STORE_SCRUB_FINDINGS = 64,          /* not yet taken; more are counted only */
 	STORE_MERGE_GAP_BYTES = 16384,      /* device reads this near to one another become one */
 	/* A READ is 112 bytes and its answer up to 1 MiB, so what a fetch connection may have
 	 * unanswered is a number of requests: high plus one receive, 274 of them, answers of 274
@@ -239,6 +241,26 @@ struct store_sweep {
 
 struct store_checkpoint;
 
+struct store_scrub {
+	struct store_io io;
+	struct store_wait wait;
+	uint8_t *buffer;                   /* window_from to window_to of the segment */
+	uint64_t window_from, window_to;
+	uint64_t segment, first_segment;   /* where it is, and where the pass began */
+	uint64_t due_ns, cost_ns, pass_due_ns;
+	/* extents: the next, and those that are being read */
+	uint32_t index, one_by_one, count; /* below one_by_one each has a read of its own */
+	struct mp_extent_entry entries[1 << MP_EXTENT_LEAF_BITS];
+	uint32_t indices[1 << MP_EXTENT_LEAF_BITS];
+	/* headers: the next, in the group if group_bytes is not 0 */
+	uint64_t offset_bytes, group_offset_bytes, group_bytes, table_bytes;
+	uint32_t records_left;
+	uint8_t running, wrapped, in_headers, reading, blocked, yielding;
+	/* under mutex */
+	struct mp_scrub_finding findings[STORE_SCRUB_FINDINGS];
+	uint32_t finding_count;
+};
+
 struct mp_store {
 	struct mp_driver *driver;
 	struct mp_store_options options;
@@ -301,6 +323,8 @@ struct mp_store {
 	uint8_t grave_blocked;             /* 1: by a page; 2: by an error, until a checkpoint */
 
 	struct store_sweep sweep;
+	struct store_scrub scrub;
+	uint64_t client_ns;                /* when a client last asked for anything */
 	struct store_read *reads;
 	struct store_queue reads_waiting;
 	uint32_t reads_in_flight;
@@ -477,6 +501,11 @@ int store_super_valid(const struct mp_store_super *super);
 int store_super_load(struct mp_store *store, char *message, uint64_t message_bytes);
 int64_t store_super_write(struct mp_store *store); /* both copies, blocking: recovery only */
 
+/* storescrub.c */
+void store_scrub_advance(struct mp_store *store);
+uint64_t store_scrub_wake_ns(const struct mp_store *store);
+void store_scrub_free(struct mp_store *store);
+
 /* storesweep.c */
 void store_sweep_start(struct mp_store *store);
 void store_sweep_advance(struct mp_store *store);
@@ -484,6 +513,10 @@ void store_sweep_advance(struct mp_store *store);
 /* storeread.c */
 int store_tree_span(struct mp_store *store, struct store_tree *tree, uint64_t key, uint8_t **leaf,
 		    uint64_t *end);
+
+/* The extent that an entry describes, without its sequence. -EBADMSG: it makes no sense. */
+int store_extent_describe(const struct mp_store *store, const struct mp_extent_entry *entry,
+			  struct mp_extent *extent);
 
 /* storestatus.c */
 void store_status_start(struct mp_store *store, struct store_request *request);

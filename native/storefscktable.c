@@ -9,20 +9,6 @@
 
 struct tally { struct fsck_segment *segment; uint64_t live_bytes; };
 
-static struct mp_extent extent_of(const struct mp_fsck *fsck, const struct mp_extent_entry *entry)
-{
-	struct mp_extent extent = {
-		.first_block = entry->first_block, .block_count = entry->codec_blocks & 15,
-		.stored_length_bytes = entry->stored_length_bytes,
-		.codec = entry->codec_blocks >> 4};
-	uint64_t origin = entry->segment_origin & ((1 << MP_ORIGIN_BITS) - 1);
-
-	if (origin < fsck->store->origin_count)
-		memcpy(extent.origin, fsck->store->origins[origin], sizeof extent.origin);
-	memcpy(extent.checksum, entry->checksum, sizeof extent.checksum);
-	return extent;
-}
-
 static uint64_t live_bytes(const struct mp_extent_entry *entry)
 {
 	if (entry->codec_blocks >> 4 == MP_CODEC_NONE)
@@ -34,12 +20,13 @@ static void compare_entry(struct mp_fsck *fsck, struct tally *tally,
 			  const struct mp_extent_entry *entry, uint32_t index)
 {
 	struct fsck_segment *segment = tally->segment;
-	struct mp_extent extent = extent_of(fsck, entry);
+	struct mp_extent extent = {0};
 	uint32_t mark = index < segment->mark_count ? segment->marks[index] : 0;
 	uint32_t referred = mark & FSCK_MARK_REFERRED;
-	struct fsck_where where = {extent.origin, extent.first_block, extent.block_count,
+	struct fsck_where where = {extent.origin, entry->first_block, entry->codec_blocks & 15,
 				   segment->id, entry->offset_bytes};
 
+	(void)store_extent_describe(fsck->store, entry, &extent); /* if it fails, nobody's */
 	tally->live_bytes += live_bytes(entry);
 	if (!(mark & FSCK_MARK_SEEN) && !segment->damaged)
 		fsck_report(fsck, MP_FSCK_EXTENTS, where,

@@ -107,6 +107,23 @@ static int look_up(struct mp_store *store, struct store_read *read)
 	return 0;
 }
 
+int store_extent_describe(const struct mp_store *store, const struct mp_extent_entry *entry,
+			  struct mp_extent *extent)
+{
+	uint64_t origin = entry->segment_origin & ((1 << MP_ORIGIN_BITS) - 1);
+
+	if (origin >= store->origin_count)
+		return -EBADMSG;
+	memset(extent, 0, sizeof *extent);
+	memcpy(extent->origin, store->origins[origin], sizeof extent->origin);
+	extent->first_block = entry->first_block;
+	extent->block_count = entry->codec_blocks & 15;
+	extent->codec = entry->codec_blocks >> 4;
+	extent->stored_length_bytes = entry->stored_length_bytes;
+	memcpy(extent->checksum, entry->checksum, sizeof extent->checksum);
+	return 0;
+}
+
 static int describe(struct mp_store *store, struct piece *piece)
 {
 	struct mp_extent *extent = &piece->wire.extent;
@@ -123,15 +140,8 @@ static int describe(struct mp_store *store, struct piece *piece)
 	if (error)
 		return error;
 	if (entry->first_block + piece->skip_blocks != piece->wire.first_block ||
-	    (entry->segment_origin & ((1 << MP_ORIGIN_BITS) - 1)) >= store->origin_count)
+	    store_extent_describe(store, entry, extent))
 		return -EBADMSG;
-	memcpy(extent->origin, store->origins[entry->segment_origin & ((1 << MP_ORIGIN_BITS) - 1)],
-	       sizeof extent->origin);
-	extent->first_block = entry->first_block;
-	extent->block_count = entry->codec_blocks & 15;
-	extent->codec = entry->codec_blocks >> 4;
-	extent->stored_length_bytes = entry->stored_length_bytes;
-	memcpy(extent->checksum, entry->checksum, sizeof extent->checksum);
 	piece->offset_bytes = entry->offset_bytes;
 	piece->wire.shipped_bytes = entry->stored_length_bytes;
 	if (extent->codec == MP_CODEC_NONE) {

@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
 from typing import Any
 
+from millpond.native.store import ScrubFinding, ScrubKind
 from millpond.store import limits, wire
 from millpond.store.address import Address, check_exposure, parse_address
 from millpond.store.catalogue import Catalogue
@@ -43,7 +44,7 @@ class StoreDaemon:
         self._stop = asyncio.Event()
         self.failure: BaseException | None = None  # why it stopped by itself
         self._closed = False
-        self.link = CoreLink(self.core, store.notify_fd, self._fail)
+        self.link = CoreLink(self.core, store.notify_fd, self._fail, self._scrub_found)
         self.catalogue = Catalogue(self.link)
         self._operations = ControlOperations(self.catalogue, self.core.volume_bytes, self.status)
         self.greeting = wire.HelloReply(
@@ -65,6 +66,8 @@ class StoreDaemon:
         format_when_empty: bool = False,
         segment_bytes: int = 0,
         page_cache_bytes: int = 0,
+        scrub_bytes_per_s: int = 0,
+        scrub_interval_s: float = 0.0,
         unix_mode: int = SOCKET_MODE,
         unix_group: str | int | None = None,
         handshake_timeout_s: float = limits.HANDSHAKE_TIMEOUT_S,
@@ -73,7 +76,8 @@ class StoreDaemon:
         """Open the store in directory and listen on its socket and on every address given.
 
         segment_bytes: of a newly formatted store; page_cache_bytes: see StoreOptions. 0 takes
-        the default.
+        the default. scrub_bytes_per_s: 0 turns scrubbing off; scrub_interval_s: from the start of
+        a pass to that of the next.
         """
         addresses = [parse_address(f"unix:{os.path.join(directory, SOCKET_NAME)}")]
         addresses += [parse_address(text) for text in listen]
@@ -85,6 +89,8 @@ class StoreDaemon:
             format_when_empty=format_when_empty,
             segment_bytes=segment_bytes,
             page_cache_bytes=page_cache_bytes,
+            scrub_bytes_per_s=scrub_bytes_per_s,
+            scrub_interval_s=scrub_interval_s,
         )
         daemon = None
         try:
@@ -167,8 +173,39 @@ class StoreDaemon:
             "connections": len(server.connections),
             "connections_max": server.connections_max,
             "refused_connections": server.refused_connections,
-            **self.core.counters(),
+            **self._counters(),
         }
+
+    def _counters(self) -> dict[str, Any]:
+        """Of the core. A moment by its clock, which is the event loop's too, becomes an age."""
+        counters = dict(self.core.counters())
+        finished_ns = counters.pop("scrub_finished_ns")
+        now_s = asyncio.get_running_loop().time()
+        return {
+            **counters,
+            "scrub_bytes_per_s": self._store.options.scrub_bytes_per_s,
+            "scrub_finished_ago_s": now_s - finished_ns / 1e9 if finished_ns else None,
+        }
+
+    def _scrub_found(self, finding: ScrubFinding) -> None:
+        """One line per finding and pass: what, which volume and blocks, where on the disk."""
+        state = self.core.volume(finding.volume)
+        name = repr(one_line(state.name)) if state is not None else finding.volume.hex()
+        what = {
+            ScrubKind.EXTENT: "stored bytes that do not verify",
+            ScrubKind.UNREADABLE: "cannot be read",
+            ScrubKind.RECORD: "a record that does not verify",
+            ScrubKind.TABLE: "a page of the extent table that does not verify",
+        }[finding.kind]
+        where = f"segment={finding.segment} offset={finding.offset_bytes}"
+        if finding.block_count and finding.kind is not ScrubKind.TABLE:
+            last = finding.first_block + finding.block_count - 1
+            where = f"volume={name} blocks={finding.first_block}-{last} {where}"
+        log.warning(
+            "scrub found damage: %s: %s; check the disk, restore these blocks from a backup",
+            where,
+            what,
+        )
 
     def _make_session(self, connection: Connection, hello: wire.Hello) -> Session:
         if hello.role == "control":

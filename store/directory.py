@@ -38,10 +38,17 @@ class OpenStore:
         format_when_empty: bool,
         segment_bytes: int = 0,
         page_cache_bytes: int = 0,
+        scrub_bytes_per_s: int = 0,
+        scrub_interval_s: float = 0.0,
     ) -> None:
         self._lock_fd = lock_directory(directory)
         self._driver: Any = None
         self.core: StoreCore
+        self.options = StoreOptions(
+            page_cache_bytes=page_cache_bytes,
+            scrub_bytes_per_s=scrub_bytes_per_s,
+            scrub_interval_ns=int(scrub_interval_s * 1e9),
+        )
         try:
             if problem := directory_problem(directory):
                 raise StoreError(Code.IO, f"directory {one_line(directory)}: {problem}")
@@ -55,8 +62,7 @@ class OpenStore:
                         self._driver, new_id(), segment_bytes=segment_bytes or DEFAULT_SEGMENT_BYTES
                     )
                     log.info("store formatted directory=%s", one_line(directory))
-                options = StoreOptions(page_cache_bytes=page_cache_bytes)
-                self.core = StoreCore.open(self._driver, options)
+                self.core = StoreCore.open(self._driver, self.options)
             except StoreOpenError as error:
                 raise StoreError(
                     Code.IO, f"store {one_line(directory)}: {one_line(str(error))}"

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from typing import Protocol
 
-from millpond.native.store import StoreCore, VolumeState
+from millpond.native.store import ScrubFinding, StoreCore, VolumeState
 from millpond.store import limits, wire
 from millpond.store.errors import Code, StoreError
 
@@ -34,11 +34,16 @@ class CoreLink:
     """Carries bytes between connections and the core. Event loop only."""
 
     def __init__(
-        self, core: StoreCore, notify_fd: int, on_failure: Callable[[BaseException], None]
+        self,
+        core: StoreCore,
+        notify_fd: int,
+        on_failure: Callable[[BaseException], None],
+        on_scrub_finding: Callable[[ScrubFinding], None],
     ) -> None:
         self._core = core
         self._notify_fd = notify_fd
         self._on_failure = on_failure
+        self._on_scrub_finding = on_scrub_finding
         self._streams: dict[int, Stream] = {}
         self._next_connection = OWN_CONNECTION + 1
         self._loop = asyncio.get_running_loop()
@@ -127,6 +132,8 @@ class CoreLink:
             failure = self._core.failure()
             if failure is not None:
                 raise StoreError(Code.IO, failure)
+            for finding in self._core.scrub_findings():
+                self._on_scrub_finding(finding)
             # All of them: a connection whose peer does not read stays listed, and must not hide
             # the others behind it.
             for connection in self._core.ready(len(self._streams) + 1):

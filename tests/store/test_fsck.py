@@ -311,7 +311,7 @@ def tables_of(data: bytearray) -> tuple[Any, Any, Any]:
 
 @pytest.mark.parametrize("kind", [1, 2], ids=["data", "pages"])
 def test_wrong_live_count_is_found(world: World, kind: int) -> None:
-    changed = []
+    changed: list[int] = []
 
     def count(header: Any, data: bytearray) -> None:
         counts, _, segments = tables_of(data)
@@ -354,8 +354,9 @@ def outcome(world: World) -> list[object] | None:
     except StoreOpenError:
         world.shut()
         return None
-    seen: list[object] = sorted(world.store.volumes(), key=lambda state: state.id)
-    for state in world.store.volumes():
+    states = sorted(world.store.volumes(), key=lambda state: state.id)
+    seen: list[object] = [*states]
+    for state in states:
         for first in range(0, BLOCKS, 250):
             reply = world.read(first, 250, volume=state.id, epoch=state.epoch)
             seen.append((state.id, first, reply.status, reply.data))
