@@ -61,6 +61,19 @@ uint64_t fsck_file_bytes(const struct mp_fsck *fsck, uint64_t file, int *missing
 	return length < 0 ? 0 : (uint64_t)length;
 }
 
+uint64_t *fsck_files(const struct mp_fsck *fsck, uint64_t *count)
+{
+	uint64_t *files = NULL, capacity = 0;
+	int64_t found;
+
+	do {
+		files = store_grow(files, &capacity, capacity + 1024, sizeof *files);
+		found = fsck->driver->list_files(fsck->driver->self, files, capacity);
+	} while (found >= (int64_t)capacity);
+	*count = found < 0 ? 0 : (uint64_t)found;
+	return files;
+}
+
 static int64_t fill(struct mp_fsck *fsck, struct fsck_window *window, uint64_t file, uint64_t from,
 		    uint64_t to)
 {
@@ -149,6 +162,7 @@ static void open_store(struct mp_fsck *fsck)
 	} else {
 		fsck->store = store;
 		fsck->comparable = look == STORE_LOOK_WHOLE && !store->failure;
+		fsck->refused = look == STORE_LOOK_WHOLE && message[0];
 		if (store->failure)
 			fsck_report(fsck, MP_FSCK_OPEN, (struct fsck_where){0}, "%s",
 				    store->failure_message);
@@ -176,6 +190,8 @@ static void end_scan(struct mp_fsck *fsck)
 {
 	if (fsck->summary.passes == 1) {
 		fsck_log_end(fsck);
+		if (fsck->refused)
+			fsck_tail(fsck);
 		fsck_volumes_end(fsck);
 	}
 	fsck->counting = fsck->summary.passes == 1;

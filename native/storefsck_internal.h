@@ -88,6 +88,7 @@ struct mp_fsck {
 	enum fsck_task task;
 	uint64_t at;                        /* of the task: segment or volume */
 	uint8_t comparable;                 /* the store is at a known position of its log */
+	uint8_t refused;                    /* a later group proves that this is not the end */
 	uint8_t ended;                      /* the world, in a simulation */
 	struct fsck_note *notes, *notes_last;
 	struct fsck_window head, data;      /* of records; of stored bytes */
@@ -128,6 +129,8 @@ struct fsck_where {
 void fsck_report(struct mp_fsck *fsck, uint32_t kind, struct fsck_where where, const char *format,
 		 ...)
 	__attribute__((format(printf, 4, 5)));
+/* Ascending; the caller frees them. */
+uint64_t *fsck_files(const struct mp_fsck *fsck, uint64_t *count);
 uint64_t fsck_file_bytes(const struct mp_fsck *fsck, uint64_t file, int *missing);
 /* length bytes at offset, 8-byte aligned as offset is; NULL and window->error */
 const uint8_t *fsck_window_get(struct mp_fsck *fsck, struct fsck_window *window, uint64_t file,
@@ -143,9 +146,23 @@ struct fsck_segment *fsck_segment_find(struct mp_fsck *fsck, uint64_t id);
 void fsck_mark(struct fsck_segment *segment, uint32_t index, uint8_t mark);
 int fsck_is_missing(const struct mp_fsck *fsck, uint64_t commit);
 int fsck_missing_after(const struct mp_fsck *fsck, uint64_t commit);
+
+/* storefsckread.c */
+/* The header of a group of the log at this place? */
+int fsck_group_at(struct mp_fsck *fsck, const struct fsck_segment *segment, uint64_t offset_bytes,
+		  struct mp_group *group);
+/* Header, table, and of a volume's state the payload: verified, valid until the next header is
+ * read. NULL and *error. */
+const struct mp_record *fsck_record_at(struct mp_fsck *fsck, const struct fsck_segment *segment,
+				       uint64_t offset_bytes, uint64_t room_bytes, int *error);
+const char *fsck_why(int error);
 /* The live blocks of an extent, read and verified; what does not verify is reported. */
 void fsck_verify_extent(struct mp_fsck *fsck, const uint8_t *volume, const struct mp_extent *extent,
 			uint32_t live, uint64_t file, uint64_t offset_bytes);
+
+/* storefscktail.c */
+/* An open is refused for what is behind the end of the log: what is it? */
+void fsck_tail(struct mp_fsck *fsck);
 
 /* storefsckvolume.c */
 struct fsck_volume *fsck_volume_find(const struct mp_fsck *fsck, const uint8_t *id);

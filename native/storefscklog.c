@@ -9,7 +9,7 @@
  * and tables of a segment that is there may never be.
  * Failure modes: behind a record that does not verify the numbers of extents are lost; the extent
  * table tells where they go on. Without a table, what no later group proves to have been synced may
- * be a torn end, and a block of zeroes among stored bytes a punch: neither is reported.
+ * be a torn end: it is not reported.
  */
 #include "storefsck_internal.h"
 
@@ -18,21 +18,6 @@ static uint64_t file_log_bytes(struct mp_fsck *fsck, uint64_t file)
 	int missing;
 
 	return fsck_file_bytes(fsck, file, &missing) / MP_BLOCK_BYTES * MP_BLOCK_BYTES;
-}
-
-/* The header of a group of the log at this place? */
-static int group_at(struct mp_fsck *fsck, const struct fsck_segment *segment, uint64_t offset_bytes,
-		    struct mp_group *group)
-{
-	const uint8_t *bytes = fsck_window_get(fsck, &fsck->head, segment->id, offset_bytes,
-					       sizeof *group);
-
-	if (!bytes)
-		return 0;
-	memcpy(group, bytes, sizeof *group);
-	return store_group_check(group, segment->id, offset_bytes) == 0 &&
-	       group->kind == MP_GROUP_DATA && group->length_bytes <= STORE_GROUP_MAX_BYTES &&
-	       group->length_bytes <= segment->length_bytes - offset_bytes;
 }
 
 static void add_segment(struct mp_fsck *fsck, uint64_t id, uint64_t length_bytes,
@@ -51,7 +36,7 @@ static void survey_segment(struct mp_fsck *fsck, const struct fsck_segment *segm
 	struct mp_group group;
 
 	for (uint64_t at = 0; at < segment->length_bytes; at += group.length_bytes) {
-		if (!group_at(fsck, segment, at, &group))
+		if (!fsck_group_at(fsck, segment, at, &group))
 			return;
 		if (group.synced_commit > fsck->synced_commit)
 			fsck->synced_commit = group.synced_commit;
@@ -60,19 +45,14 @@ static void survey_segment(struct mp_fsck *fsck, const struct fsck_segment *segm
 
 static void take_files(struct mp_fsck *fsck)
 {
-	uint64_t *files = NULL, capacity = 0;
-	int64_t count;
+	uint64_t count, *files = fsck_files(fsck, &count);
 
-	do {
-		files = store_grow(files, &capacity, capacity + 1024, sizeof *files);
-		count = fsck->driver->list_files(fsck->driver->self, files, capacity);
-	} while (count >= (int64_t)capacity);
-	for (int64_t i = 0; i < count; i++) {
+	for (uint64_t i = 0; i < count; i++) {
 		struct fsck_segment segment = {.id = files[i],
 					       .length_bytes = file_log_bytes(fsck, files[i])};
 		struct mp_group group;
 
-		if (!segment.id || !group_at(fsck, &segment, 0, &group))
+		if (!segment.id || !fsck_group_at(fsck, &segment, 0, &group))
 			continue;
 		add_segment(fsck, segment.id, segment.length_bytes, group.commit);
 		survey_segment(fsck, &segment);
@@ -188,7 +168,7 @@ static uint64_t skip(struct mp_fsck *fsck, struct fsck_segment *segment, uint64_
 		fsck->last_checksum = 0;
 		return next;
 	}
-	while (next < segment->length_bytes && !group_at(fsck, segment, next, &group))
+	while (next < segment->length_bytes && !fsck_group_at(fsck, segment, next, &group))
 		next += MP_BLOCK_BYTES;
 	segment->damaged = 1;
 	segment->next_index = FSCK_NUMBER_LOST;
@@ -240,65 +220,6 @@ void fsck_mark(struct fsck_segment *segment, uint32_t index, uint8_t mark)
 		segment->mark_count = count;
 	}
 	segment->marks[index] |= mark;
-}
-
-/* Without a table nobody knows what was punched: zeroes on the disk are no finding. */
-static int may_be_punched(struct mp_fsck *fsck, uint64_t file, uint64_t offset_bytes,
-			  uint64_t length_bytes)
-{
-	uint64_t first = offset_bytes / MP_BLOCK_BYTES * MP_BLOCK_BYTES;
-
-	if (fsck->store)
-		return 0;
-	for (uint64_t at = first; at < offset_bytes + length_bytes; at += MP_BLOCK_BYTES) {
-		const uint8_t *block = fsck_window_get(fsck, &fsck->data, file, at, MP_BLOCK_BYTES);
-
-		if (block && mp_is_zero(block, MP_BLOCK_BYTES))
-			return 1;
-	}
-	return 0;
-}
-
-/* Some blocks of an extent that are verified together. */
-static void verify(struct mp_fsck *fsck, const uint8_t *volume, const struct mp_extent *extent,
-		   uint32_t skip_blocks, uint32_t block_count, uint64_t file, uint64_t offset_bytes)
-{
-	uint64_t length_bytes = extent->codec == MP_CODEC_NONE
-					? (uint64_t)block_count * MP_BLOCK_BYTES
-					: extent->stored_length_bytes;
-	const uint8_t *stored = fsck_window_get(fsck, &fsck->data, file, offset_bytes,
-						length_bytes);
-	int error = stored ? mp_extent_verify(extent, skip_blocks, block_count, stored,
-					      length_bytes)
-			   : (int)fsck->data.error;
-
-	if (!error) {
-		fsck->summary.verified_bytes += length_bytes;
-		return;
-	}
-	if (may_be_punched(fsck, file, offset_bytes, length_bytes))
-		return;
-	fsck->summary.bad_bytes += length_bytes;
-	fsck_report(fsck, MP_FSCK_DATA,
-		    (struct fsck_where){volume, extent->first_block + skip_blocks, block_count,
-					file, offset_bytes},
-		    stored ? "the stored bytes do not verify: reading them is an I/O error"
-			   : "the stored bytes cannot be read: I/O error");
-}
-
-void fsck_verify_extent(struct mp_fsck *fsck, const uint8_t *volume, const struct mp_extent *extent,
-			uint32_t live, uint64_t file, uint64_t offset_bytes)
-{
-	if (extent->codec != MP_CODEC_NONE) {
-		if (live)
-			verify(fsck, volume, extent, 0, (uint32_t)extent->block_count, file,
-			       offset_bytes);
-		return;
-	}
-	for (uint32_t i = 0; i < extent->block_count; i++)
-		if (live & 1U << i)
-			verify(fsck, volume, extent, i, 1, file,
-			       offset_bytes + (uint64_t)i * MP_BLOCK_BYTES);
 }
 
 static int same(const struct mp_fsck *fsck, const struct mp_extent_entry *entry,
@@ -390,54 +311,6 @@ static void scan_state(struct mp_fsck *fsck, const struct fsck_segment *segment,
 	fsck_map_clear(fsck, volume, blocks, UINT64_MAX);
 }
 
-/* Of a record whose header and table verify: is its type at home in the log, and its payload, if it
- * is not extents, right? */
-static int check_rest(const struct mp_record *record, uint64_t bytes)
-{
-	if (record->type == MP_RECORD_BATCH)
-		return 0;
-	if (record->type != MP_RECORD_VOLUME && record->type != MP_RECORD_DELETE)
-		return -EPROTO;
-	return mp_record_check_payload(record, bytes);
-}
-
-/* Header, table, and of a volume's state the payload: in memory, verified. NULL and *error. */
-static const struct mp_record *record_at(struct mp_fsck *fsck, const struct fsck_segment *segment,
-					 uint64_t offset_bytes, uint64_t room_bytes, int *error)
-{
-	uint64_t bytes = 0, wanted = MP_RECORD_HEADER_BYTES;
-
-	while (bytes < wanted) {
-		const struct mp_record *record;
-		int64_t whole;
-
-		*error = -EPROTO;
-		if (wanted > room_bytes || wanted > FSCK_WINDOW_BYTES - 2 * MP_BLOCK_BYTES)
-			return NULL;
-		bytes = wanted;
-		record = (const void *)fsck_window_get(fsck, &fsck->head, segment->id, offset_bytes,
-						       bytes);
-		whole = record ? mp_record_check(record, bytes) : fsck->head.error;
-		if (!record || (whole < 0 && whole != -EAGAIN)) {
-			*error = (int)whole;
-			return NULL;
-		}
-		/* The header's own length is known to be sane; the checksum comes with the table.
-		 */
-		wanted = record->header_length_bytes;
-		if (record->type != MP_RECORD_BATCH)
-			wanted += record->payload_length_bytes;
-		if (whole > (int64_t)room_bytes)
-			return NULL;
-		if (whole >= 0 && bytes >= wanted) {
-			*error = check_rest(record, bytes);
-			return *error ? NULL : record;
-		}
-	}
-	*error = -EPROTO;
-	return NULL;
-}
-
 static void bad_record(struct mp_fsck *fsck, struct fsck_segment *segment,
 		       const struct mp_group *group, uint64_t offset_bytes, int error)
 {
@@ -451,9 +324,7 @@ static void bad_record(struct mp_fsck *fsck, struct fsck_segment *segment,
 			    (struct fsck_where){.segment = segment->id,
 						.offset_bytes = offset_bytes},
 			    "a record of commit %llu %s", (unsigned long long)group->commit,
-			    error == -EBADMSG ? "does not verify"
-			    : error == -EPROTO || error == -EAGAIN || error == -ENOTSUP
-				    ? "is malformed" : "cannot be read: I/O error");
+			    fsck_why(error));
 }
 
 static void scan_group(struct mp_fsck *fsck, struct fsck_segment *segment,
@@ -469,7 +340,7 @@ static void scan_group(struct mp_fsck *fsck, struct fsck_segment *segment,
 		int error = -EPROTO;
 
 		record = at < group->length_bytes
-				 ? record_at(fsck, segment, offset_bytes,
+				 ? fsck_record_at(fsck, segment, offset_bytes,
 					     group->length_bytes - at, &error)
 				 : NULL;
 		if (!record) {
@@ -523,7 +394,7 @@ void fsck_log_scan(struct mp_fsck *fsck, struct fsck_segment *segment)
 	while (offset_bytes < segment->length_bytes && !fsck->ended) {
 		struct mp_group group;
 
-		if (!group_at(fsck, segment, offset_bytes, &group)) {
+		if (!fsck_group_at(fsck, segment, offset_bytes, &group)) {
 			offset_bytes = skip(fsck, segment, offset_bytes);
 			continue;
 		}

@@ -176,10 +176,23 @@ def test_state_that_the_catalogue_does_not_have_is_found(world: World) -> None:
 def test_damage_behind_the_checkpoint_is_what_an_open_refuses(world: World) -> None:
     placed = batch(world, 13)
     flip(world, placed.file, placed.payload_at(0))
-    found = check(world).of(FsckKind.OPEN)[0]
-    assert f"segment {placed.file} is damaged at offset {placed.group_offset}" in found.text
+    refused, lost = check(world).findings
+    assert refused.kind is FsckKind.OPEN
+    assert f"segment {placed.file} is damaged at offset {placed.group_offset}" in refused.text
+    assert lost.kind is FsckKind.DATA and lost.volume == VOLUME
+    assert (lost.first_block, lost.block_count) == (0, 1)
+    assert (lost.segment, lost.offset_bytes) == (placed.file, placed.payload_at(0))
     with pytest.raises(StoreOpenError):
         world.open()
+
+
+@pytest.mark.parametrize("where", ["group", "record"])
+def test_damaged_header_behind_the_checkpoint_is_named(world: World, where: str) -> None:
+    placed = batch(world, 13)
+    at = placed.group_offset if where == "group" else placed.offset
+    flip(world, placed.file, at + 40)
+    (found,) = check(world).of(FsckKind.RECORD)
+    assert (found.segment, found.offset_bytes) == (placed.file, at)
 
 
 # ---- files ----
