@@ -159,6 +159,7 @@ static int arrived(struct store_io *io)
 	struct store_segment *segment = io->owner;
 	struct store_scrub *scrub = &io->store->scrub;
 
+	assert(segment->readers); /* or it might be gone */
 	segment->readers--;
 	scrub->reading = 0;
 	return io->io.result >= 0;

@@ -100,6 +100,27 @@ def test_flipped_bit_in_a_record_or_its_table_is_found_and_its_data_still_verifi
     assert (data.first_block, data.block_count) == (168, 1)
 
 
+def test_records_behind_a_damaged_one_are_still_compared(world: World) -> None:
+    world.open()
+    for sequence in (14, 15, 16):
+        assert world.write([Write(sequence * 40, fill(sequence, 4))], first=sequence) == OK
+    assert world.checkpoint() == OK
+    world.shut()
+    placed = batch(world, 14)
+    assert placed.file == batch(world, 15).file == batch(world, 16).file
+    flip(world, placed.file, placed.offset + 8)
+    checked = check(world)
+    assert checked.only(FsckKind.RECORD).offset_bytes == placed.offset
+    assert checked.summary.unproven_blocks == 4
+
+
+def test_flipped_bit_in_a_volume_state_is_found(world: World) -> None:
+    placed = records_of(world, lib.MP_RECORD_VOLUME)[1]
+    flip(world, placed.file, placed.offset + lib.MP_RECORD_HEADER_BYTES + 200)
+    found = check(world).of(FsckKind.RECORD)[0]
+    assert (found.segment, found.offset_bytes) == (placed.file, placed.offset)
+
+
 @pytest.mark.parametrize("at", [3, 20, 33, 40, 60, 70], ids=lambda at: f"byte {at}")
 def test_flipped_bit_in_a_group_header_is_found(world: World, at: int) -> None:
     placed = batch(world, 5)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fsck_support import flip, records_of
+from fsck_support import check_clean, flip, records_of
 from millpond.native import lib
 from millpond.native.drivers import Op, SimOptions
 from millpond.native.store import ScrubFinding, ScrubKind
@@ -172,6 +172,40 @@ def test_rate_is_kept_in_virtual_time(rate: int) -> None:
     world.close()
 
 
+def test_status_tells_where_it_is() -> None:
+    world = make(scrub_bytes_per_s=MIB)
+    passes(world, 1)
+    seen = set()
+    while world.store.counters()["scrub_passes"] < 3:
+        world.store.step(SECOND_NS)
+        counters = world.store.counters()
+        seen.add((counters["scrub_segment"], counters["scrub_offset_bytes"]))
+    held = {placed.file for placed in records_of(world, lib.MP_RECORD_BATCH)}
+    assert held <= {segment for segment, _ in seen} <= held | {0}
+    assert len(seen) > 2 * len(held)
+    world.close()
+
+
+def test_evidence_that_a_power_cut_took_back_is_no_damage(world: World) -> None:
+    """A group without records is not synced by itself, and a checkpoint may be behind it."""
+    world.settle(20)
+    assert world.checkpoint() == OK
+    groups: dict[int, int] = {}
+    for placed in records_of(world, lib.MP_RECORD_BATCH):
+        groups[placed.file] = placed.group_offset
+    last = max(groups)
+    at = groups[last]
+    length = int.from_bytes(
+        world.sim.peek(file=last, offset_bytes=at + 56, length_bytes=8), "little"
+    )
+    evidence = world.sim.peek(file=last, offset_bytes=at + length, length_bytes=BLOCK)
+    assert int.from_bytes(evidence[20:24], "little") == 0 and any(evidence)
+    world.sim.poke(file=last, offset_bytes=at + length, data=bytes(BLOCK))
+    assert one_pass(world) == []
+    world.shut()
+    check_clean(world)
+
+
 def test_next_pass_begins_when_its_time_has_come() -> None:
     world = make(scrub_interval_ns=1000 * SECOND_NS)
     begin_ns = world.sim.now_ns
@@ -234,12 +268,16 @@ def test_segments_that_are_punched_and_removed_under_it_are_no_damage() -> None:
     world.close()
 
 
-def test_stop_does_not_wait_for_a_pass() -> None:
-    world = make(scrub_bytes_per_s=1)  # a window takes a day
+@pytest.mark.parametrize("rate", [1, 1 << 40], ids=["a day per read", "without end"])
+def test_stop_does_not_wait_for_a_pass(rate: int) -> None:
+    world = make(scrub_bytes_per_s=rate)
+    world.sim.advance_ns(60 * SECOND_NS)  # it was empty when it was opened
     for _ in range(50):
         world.store.step(1_000_000)
-    begin_ns = world.sim.now_ns
+    before, begin_ns = world.store.counters()["scrub_read_bytes"], world.sim.now_ns
+    assert before
     world.store.stop()
+    assert world.store.counters()["scrub_read_bytes"] <= before + WINDOW_BYTES
     assert world.sim.now_ns < begin_ns + SECOND_NS
     world.close()
 
