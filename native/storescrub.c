@@ -5,9 +5,8 @@
  * table, neighbours together, and verified as a READ would; then the headers of groups and records
  * and their tables are read and verified. One read at a time, at the budgeted rate; one pass per
  * interval at most. Nothing is changed.
- * Clients go first: a read waits until no client has asked for anything for a while, but never
- * longer than seven times what it has to wait anyway, so that a busy store is scrubbed at an
- * eighth of the rate.
+ * Clients go first: a read waits until no client has asked for anything for a while, but not for
+ * ever: a busy store is scrubbed at an eighth of the rate, and at 12 MiB/s at most.
  * Failure modes: what does not verify is counted, and told once per pass (a bounded list, which
  * the daemon takes); reading it stays the error that it is. Segments may go and ranges be punched
  * at any time but while they are read: everything is looked up again for each read.
@@ -474,10 +473,13 @@ static int clients_busy(const struct mp_store *store)
 	       store->turn_ns < store->client_ns + CLIENTS_QUIET_NS;
 }
 
-/* What a read may be put off for clients, at most. */
+/* What a read may be put off for clients, at most. Whatever the rate, not a hundred reads per second
+ * come between them. */
 static uint64_t deadline_ns(const struct store_scrub *scrub)
 {
-	return scrub->due_ns + (CLIENTS_SHARE - 1) * scrub->cost_ns;
+	uint64_t patience_ns = (CLIENTS_SHARE - 1) * scrub->cost_ns;
+
+	return scrub->due_ns + (patience_ns > CLIENTS_QUIET_NS ? patience_ns : CLIENTS_QUIET_NS);
 }
 
 static int is_on(const struct mp_store *store)
