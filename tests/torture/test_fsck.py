@@ -40,15 +40,19 @@ OpenStore(sys.argv[1], format_when_empty=True, segment_bytes=1 << 20).close()
 class Store:
     """A store's directory, with segments of 1 MiB, and its process."""
 
-    def __init__(self, path: Path, chance: random.Random) -> None:
+    def __init__(self, path: Path, chance: random.Random, *, like: Path | None = None) -> None:
+        """An empty one, or a copy."""
         self.path = path
         self.chance = chance
         self.directory = path / "store"
-        self.directory.mkdir()
         self.log = path / "log"
+        self.process: subprocess.Popen[str] | None = None
+        if like is not None:
+            shutil.copytree(like, self.directory, ignore=shutil.ignore_patterns("*.sock"))
+            return
+        self.directory.mkdir()
         python = [command_line()[0], "-c", SMALL_SEGMENTS, str(self.directory)]
         subprocess.run(python, check=True, env=environment(), timeout=COMMAND_TIMEOUT_S)
-        self.process: subprocess.Popen[str] | None = None
 
     @contextmanager
     def serving(self, *arguments: str | Path, kill: bool = False) -> Iterator[None]:
@@ -134,16 +138,28 @@ def digest(directory: Path) -> dict[str, tuple[str, int, int]]:
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     """One that nothing has happened to."""
-    return Store(tmp_path, random.Random(seed_for("tests/torture/test_fsck.py", 4)))
+    return Store(tmp_path, chance())
+
+
+def chance() -> random.Random:
+    """From the seed that is printed."""
+    return random.Random(seed_for("tests/torture/test_fsck.py", 4))
 
 
 @pytest.fixture
-def filled(store: Store) -> Store:
+def filled(tmp_path: Path, original: Path) -> Store:
     """One that holds a volume, stopped."""
+    return Store(tmp_path, chance(), like=original)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the others are copies of."""
+    store = Store(tmp_path_factory.mktemp("original"), chance())
     with store.serving():
         store.ask("volume", "create", "disk", "--size", f"{IMAGE_BYTES}")
         store.fill("disk")
-    return store
+    return store.directory
 
 
 def test_store_is_clean_through_its_life(store: Store) -> None:
