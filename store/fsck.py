@@ -88,8 +88,7 @@ def fsck(
     """
     lock_fd = lock_directory(directory)
     try:
-        if not os.path.exists(os.path.join(directory, SUPERBLOCK_NAME)):
-            raise StoreError(Code.NOT_FOUND, f"directory {one_line(directory)} holds no store")
+        _check_may_open(directory)
         driver = make_driver(directory)
         try:
             check = StoreCheck(driver, memory_bytes=memory_bytes)
@@ -103,6 +102,22 @@ def fsck(
             lib.mp_driver_destroy(driver)
     finally:
         os.close(lock_fd)
+
+
+def _check_may_open(directory: str) -> None:
+    """Or every file would look damaged. The driver opens for writing, too, and does not write."""
+    shown = one_line(directory)
+    try:
+        os.close(os.open(os.path.join(directory, SUPERBLOCK_NAME), os.O_RDWR | os.O_CLOEXEC))
+    except FileNotFoundError:
+        raise StoreError(Code.NOT_FOUND, f"directory {shown} holds no store") from None
+    except PermissionError:
+        raise StoreError(
+            Code.PERMISSION, f"no permission to open the files of directory {shown}"
+        ) from None
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        raise StoreError(Code.IO, f"the files of directory {shown} do not open: {reason}") from None
 
 
 def _trouble(check: StoreCheck, finding: Finding) -> Trouble:
