@@ -131,16 +131,23 @@ static uint32_t is_first_pass(const struct mp_fsck *fsck)
 }
 
 /* A group without records is not synced by itself, and yet a checkpoint may be behind it: a power
- * cut takes it back, and leaves a block of zeroes at the end of what its segment has. */
+ * cut takes it back and leaves a block of zeroes, perhaps in front of a group that was not synced
+ * either and lived. Where any group of the segment proves a sync behind it, that is no excuse. */
 static int is_lost_evidence(struct mp_fsck *fsck, const struct fsck_segment *segment,
 			    uint64_t offset_bytes)
 {
+	uint64_t at = offset_bytes + MP_BLOCK_BYTES, commit = fsck->next_commit + 1;
 	const uint8_t *block;
+	struct mp_group group;
 
-	if (!fsck->store || offset_bytes + MP_BLOCK_BYTES != segment->length_bytes)
-		return 0;
 	block = fsck_window_get(fsck, &fsck->head, segment->id, offset_bytes, MP_BLOCK_BYTES);
-	return block && mp_is_zero(block, MP_BLOCK_BYTES);
+	if (!fsck->store || !block || !mp_is_zero(block, MP_BLOCK_BYTES))
+		return 0;
+	for (; at < segment->length_bytes; at += group.length_bytes)
+		if (!fsck_group_at(fsck, segment, at, &group) || group.commit != commit++ ||
+		    group.synced_commit >= fsck->next_commit)
+			return 0;
+	return 1;
 }
 
 /* Without a table: what lies behind the last group of a segment is nobody's. It may hold groups

@@ -377,12 +377,6 @@ static const uint8_t *window(struct mp_store *store, struct store_segment *segme
 	return NULL;
 }
 
-/* Of an evidence that a power cut took back there are zeroes, at the end; see storefscklog.c. */
-static int is_lost_evidence(const uint8_t *bytes, uint64_t left_bytes)
-{
-	return left_bytes == MP_BLOCK_BYTES && mp_is_zero(bytes, MP_BLOCK_BYTES);
-}
-
 /* The group at offset. 1: go on; 0: it is being read. */
 static int scrub_group(struct mp_store *store, struct store_segment *segment)
 {
@@ -393,10 +387,14 @@ static int scrub_group(struct mp_store *store, struct store_segment *segment)
 
 	if (!bytes)
 		return 0;
+	/* A group without records that a power cut took back; see storefscklog.c. */
+	if (mp_is_zero(bytes, MP_BLOCK_BYTES)) {
+		scrub->offset_bytes += MP_BLOCK_BYTES;
+		return 1;
+	}
 	if (store_group_check(group, segment->id, scrub->offset_bytes) ||
 	    group->length_bytes > left_bytes) {
-		if (!is_lost_evidence(bytes, left_bytes))
-			bad_record(store, scrub->offset_bytes, 0);
+		bad_record(store, scrub->offset_bytes, 0);
 		leave_group(scrub);
 		return 1;
 	}
@@ -473,8 +471,8 @@ static int clients_busy(const struct mp_store *store)
 	       store->turn_ns < store->client_ns + CLIENTS_QUIET_NS;
 }
 
-/* What a read may be put off for clients, at most. Whatever the rate, not a hundred reads per second
- * come between them. */
+/* What a read may be put off for clients, at most. Whatever the rate, not a hundred reads per
+ * second come between them. */
 static uint64_t deadline_ns(const struct store_scrub *scrub)
 {
 	uint64_t patience_ns = (CLIENTS_SHARE - 1) * scrub->cost_ns;

@@ -4,10 +4,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from fsck_support import check_clean, flip, records_of
-from millpond.native import lib
+from fsck_support import check, check_clean, files, flip, records_of
+from millpond.native import ffi, lib
 from millpond.native.drivers import Op, SimOptions
 from millpond.native.store import ScrubFinding, ScrubKind
+from millpond.native.storefsck import FsckKind
 from store_support import BLOCK, VOLUME, World, WorldEnded, Write, fill
 
 OK = lib.MP_STATUS_OK
@@ -186,24 +187,45 @@ def test_status_tells_where_it_is() -> None:
     world.close()
 
 
-def test_evidence_that_a_power_cut_took_back_is_no_damage(world: World) -> None:
+def empty_groups(world: World) -> list[tuple[int, int]]:
+    """(file, offset) of groups of the log without records."""
+    found = []
+    for file, length in files(world).items():
+        at = 0
+        while file and at < length:
+            data = world.sim.peek(file=file, offset_bytes=at, length_bytes=BLOCK)
+            group = ffi.cast("struct mp_group *", ffi.from_buffer(data))
+            if group.segment != file or group.offset_bytes != at or group.kind != 1:
+                break
+            if group.record_count == 0:
+                found.append((file, at))
+            at += group.length_bytes
+    return found
+
+
+@pytest.mark.parametrize("behind", ["nothing", "a group", "a group and its evidence"])
+def test_evidence_that_a_power_cut_took_back_is_no_damage(world: World, behind: str) -> None:
     """A group without records is not synced by itself, and a checkpoint may be behind it."""
     world.settle(20)
     assert world.checkpoint() == OK
-    groups: dict[int, int] = {}
-    for placed in records_of(world, lib.MP_RECORD_BATCH):
-        groups[placed.file] = placed.group_offset
-    last = max(groups)
-    at = groups[last]
-    length = int.from_bytes(
-        world.sim.peek(file=last, offset_bytes=at + 56, length_bytes=8), "little"
-    )
-    evidence = world.sim.peek(file=last, offset_bytes=at + length, length_bytes=BLOCK)
-    assert int.from_bytes(evidence[20:24], "little") == 0 and any(evidence)
-    world.sim.poke(file=last, offset_bytes=at + length, data=bytes(BLOCK))
-    assert one_pass(world) == []
+    file, at = empty_groups(world)[-1]
+    if behind != "nothing":
+        assert world.write([Write(300, fill(77))], first=11) == OK
+        assert any(placed.file == file for placed in records_of(world, lib.MP_RECORD_BATCH))
+    if behind == "a group and its evidence":
+        world.settle(20)
+        assert len(empty_groups(world)) == 2
     world.shut()
+    world.sim.poke(file=file, offset_bytes=at, data=bytes(BLOCK))
+    if behind == "a group and its evidence":
+        found = check(world).only(FsckKind.RECORD)  # there was a sync behind it
+        assert (found.segment, found.offset_bytes) == (file, at)
+        return
     check_clean(world)
+    world.open()
+    passes(world, 1)
+    assert one_pass(world) == []
+    assert world.image(40)[:BLOCK] == fill(0, 40)[:BLOCK]
 
 
 def test_next_pass_begins_when_its_time_has_come() -> None:
