@@ -25,6 +25,7 @@ HEADERS = (
     "driver_sim.h",
     "driver_test.h",
     "driver_slow.h",
+    "driver_failing.h",
     "record.h",
     "policy.h",
     "index.h",

@@ -12,40 +12,32 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 
+#include "driver_front.h"
+
 struct slow {
-	struct mp_driver table;
-	struct mp_driver *inner;
+	struct front front;
 	uint32_t arms;
 	_Atomic uint64_t latency_ns;
 	uint64_t free_at_ns[MP_SLOW_ARMS_MAX];
 	struct mp_io *first, **last;     /* waiting, by the time they are due: driver_private[0] */
 };
 
-static uint64_t slow_now_ns(void *self)
+static uint64_t now_ns(const struct slow *slow)
 {
-	struct slow *slow = self;
-
-	return slow->inner->now_ns(slow->inner->self);
-}
-
-static void slow_random_bytes(void *self, void *buffer, size_t length)
-{
-	struct slow *slow = self;
-
-	slow->inner->random_bytes(slow->inner->self, buffer, length);
+	return slow->front.inner->now_ns(slow->front.inner->self);
 }
 
 /* Each takes as long, and the arm that is free first: they are due in order of arrival. */
 static void delay(struct slow *slow, struct mp_io *io)
 {
-	uint64_t now_ns = slow_now_ns(slow);
+	uint64_t time_ns = now_ns(slow);
 	uint32_t i, arm = 0;
 
 	for (i = 1; i < slow->arms; i++)
 		if (slow->free_at_ns[i] < slow->free_at_ns[arm])
 			arm = i;
-	if (slow->free_at_ns[arm] < now_ns)
-		slow->free_at_ns[arm] = now_ns;
+	if (slow->free_at_ns[arm] < time_ns)
+		slow->free_at_ns[arm] = time_ns;
 	slow->free_at_ns[arm] += slow->latency_ns;
 	io->driver_private[0] = slow->free_at_ns[arm];
 	io->next = NULL;
@@ -56,72 +48,31 @@ static void delay(struct slow *slow, struct mp_io *io)
 static void slow_submit(void *self, struct mp_io *const *ios, uint32_t count)
 {
 	struct slow *slow = self;
+	struct mp_driver *inner = slow->front.inner;
 	uint32_t i;
 
 	for (i = 0; i < count; i++)
 		if (ios[i]->op == MP_OP_READ)
 			delay(slow, ios[i]);
 		else
-			slow->inner->submit(slow->inner->self, &ios[i], 1);
-}
-
-static int64_t slow_file_length_bytes(void *self, uint64_t file)
-{
-	struct slow *slow = self;
-
-	return slow->inner->file_length_bytes(slow->inner->self, file);
-}
-
-static int64_t slow_list_files(void *self, uint64_t *numbers, uint64_t capacity)
-{
-	struct slow *slow = self;
-
-	return slow->inner->list_files(slow->inner->self, numbers, capacity);
-}
-
-static int64_t slow_receive(void *self, int socket, struct iovec *iov, int count)
-{
-	struct slow *slow = self;
-
-	return slow->inner->receive(slow->inner->self, socket, iov, count);
-}
-
-static int64_t slow_send(void *self, int socket, const struct iovec *iov, int count)
-{
-	struct slow *slow = self;
-
-	return slow->inner->send(slow->inner->self, socket, iov, count);
-}
-
-static int slow_watch(void *self, int socket, uint32_t interest, void *context)
-{
-	struct slow *slow = self;
-
-	slow->inner->on_ready = slow->table.on_ready;
-	slow->inner->owner = slow->table.owner;
-	return slow->inner->watch(slow->inner->self, socket, interest, context);
-}
-
-static void slow_close_socket(void *self, int socket)
-{
-	struct slow *slow = self;
-
-	slow->inner->close_socket(slow->inner->self, socket);
+			inner->submit(inner->self, &ios[i], 1);
 }
 
 /* Hand on what is due; ns until the next is, UINT64_MAX when none waits. */
 static uint64_t pass_on(struct slow *slow)
 {
+	struct mp_driver *inner = slow->front.inner;
+
 	while (slow->first) {
 		struct mp_io *io = slow->first;
-		uint64_t now_ns = slow_now_ns(slow);
+		uint64_t time_ns = now_ns(slow);
 
-		if (io->driver_private[0] > now_ns)
-			return io->driver_private[0] - now_ns;
+		if (io->driver_private[0] > time_ns)
+			return io->driver_private[0] - time_ns;
 		slow->first = io->next;
 		if (!slow->first)
 			slow->last = &slow->first;
-		slow->inner->submit(slow->inner->self, &io, 1);
+		inner->submit(inner->self, &io, 1);
 	}
 	return UINT64_MAX;
 }
@@ -134,32 +85,15 @@ static int64_t slow_wait(void *self, int64_t timeout_ns)
 
 	if (left_ns != UINT64_MAX && (timeout_ns < 0 || (uint64_t)timeout_ns > left_ns))
 		timeout_ns = (int64_t)left_ns;
-	rc = slow->inner->wait(slow->inner->self, timeout_ns);
+	rc = front_wait(self, timeout_ns);
 	pass_on(slow);
 	return rc;
 }
 
-static void slow_wake(void *self)
-{
-	struct slow *slow = self;
-
-	slow->inner->wake(slow->inner->self);
-}
-
-static void slow_notify(void *self)
-{
-	struct slow *slow = self;
-
-	slow->inner->notify(slow->inner->self);
-}
-
 static void slow_destroy(void *self)
 {
-	struct slow *slow = self;
-
-	assert(!slow->first);
-	mp_driver_destroy(slow->inner);
-	free(slow);
+	assert(!((struct slow *)self)->first);
+	front_destroy(self);
 }
 
 void mp_driver_slow_set(struct mp_driver *driver, uint64_t latency_ns)
@@ -180,25 +114,12 @@ struct mp_driver *mp_driver_slow(struct mp_driver *inner, uint32_t arms, uint64_
 	slow = calloc(1, sizeof *slow);
 	if (!slow)
 		return NULL;
-	slow->inner = inner;
+	front_init(&slow->front, inner);
+	slow->front.table.submit = slow_submit;
+	slow->front.table.wait = slow_wait;
+	slow->front.table.destroy = slow_destroy;
 	slow->arms = arms;
 	slow->latency_ns = latency_ns;
 	slow->last = &slow->first;
-	slow->table = (struct mp_driver){
-		.self = slow,
-		.now_ns = slow_now_ns,
-		.random_bytes = slow_random_bytes,
-		.submit = slow_submit,
-		.file_length_bytes = slow_file_length_bytes,
-		.list_files = slow_list_files,
-		.receive = slow_receive,
-		.send = slow_send,
-		.watch = slow_watch,
-		.close_socket = slow_close_socket,
-		.wait = slow_wait,
-		.wake = slow_wake,
-		.notify = slow_notify,
-		.destroy = slow_destroy,
-	};
-	return &slow->table;
+	return &slow->front.table;
 }

@@ -163,6 +163,8 @@ def test_deliberate_faults_are_switched_on_only_in_tests(path: Path) -> None:
     assert not found, f"sets {found[0]!r}" if found else ""
     if path.suffix == ".py":
         assert "_FAULT_" not in text, "names a fault"
+    if not path.name.startswith("driver_failing."):
+        assert "mp_driver_failing" not in text, "makes a disk that fails"
 
 
 @pytest.mark.parametrize("path", TEXT, ids=name_of)
