@@ -396,13 +396,36 @@ static void step(struct mp_engine *engine)
 	}
 }
 
+/* The engine has failed: what waited for the rescue is an error now, and a stop need not wait. */
+static void give_up(struct mp_engine *engine)
+{
+	uint32_t i;
+
+	if (engine->rescue.busy || engine->rescue.scan.busy)
+		return;
+	engine->rescue.stage = RESCUE_NONE; /* what is in flight still ends in append_done */
+	for (i = 0; i < engine->volume_count; i++) {
+		struct volume *volume = engine->volumes[i];
+
+		while (volume && !list_is_empty(&volume->appends)) {
+			struct append *append =
+				CONTAINER(volume->appends.next, struct append, in_volume);
+			if (!append->done)
+				break;
+			append_finish(append);
+		}
+	}
+}
+
 void rescue_step(struct mp_engine *engine)
 {
 	struct rescue *rescue = &engine->rescue;
 	uint32_t i;
 
-	if (engine->failed)
+	if (engine->failed) {
+		give_up(engine);
 		return;
+	}
 	for (i = 0; i < engine->volume_count; i++)
 		if (engine->volumes[i] && rescue->stage != RESCUE_COPY)
 			reap(engine, engine->volumes[i]);

@@ -6,12 +6,14 @@ succeeds does not save it, as on real disks.  So these worlds lose power some ti
 
 import pytest
 
-from millpond.native.drivers import Op
+from millpond.native.drivers import Op, SimOptions
+from sim.rig import BLOCK, FLUSH, REPLY_BYTES, Rig
 from sim.settings import Settings
 from sim.world import World
 
 FIRST = 4  # the failures before these meet recovery, which refuses to open
 SEEDS = (1, 2)
+DEVICE_BYTES = 64 << 20  # of a Rig
 
 
 def live(settings: Settings) -> tuple[int, int]:
@@ -74,3 +76,40 @@ def test_power_loss_after_a_failed_io_keeps_every_flushed_write(op: Op, seed: in
             rescues += lived[0]
             falls += lived[1]
     assert rescues >= 50 and falls >= 100
+
+
+def place_on_device(rig: Rig, block: bytes) -> int:
+    """Where the log has this block; it is there once."""
+    found = [
+        offset
+        for offset in range(0, DEVICE_BYTES, BLOCK)
+        if rig.sim.peek(offset_bytes=offset, length_bytes=BLOCK) == block
+    ]
+    assert len(found) == 1
+    return found[0]
+
+
+def test_write_that_does_not_read_back_after_a_failed_sync_fails_its_volume() -> None:
+    volume = bytes(range(16))
+    rig = Rig()
+    rig.start()
+    rig.open(volume)
+    guest = rig.connect(volume)
+    rig.write(guest, 0, 1)
+    rig.flush(guest)
+    rig.write(guest, 1, 2)
+    place = place_on_device(rig, bytes([2]) * BLOCK)
+    rig.sim.set(SimOptions(fail_io=1, fail_op=Op.SYNC))
+    rig.ask(guest, FLUSH)
+    rig.until(lambda: rig.engine.counters()["device_errors"])
+    rig.sim.poke(offset_bytes=place, data=bytes(BLOCK))  # as a disk that dropped what it covered
+    assert rig.answers(guest, REPLY_BYTES)[4:8] == (5).to_bytes(4, "big")
+    (failure,) = rig.failures
+    assert "did not survive a failed sync of the cache device" in str(failure)
+    assert rig.status(volume).error == -5 and not rig.engine.counters()["failed"]
+    # What a FLUSH had promised is there after a restart.
+    rig.fall()
+    rig.start()
+    rig.open(volume)
+    assert rig.read(rig.connect(volume), 0) == 1
+    rig.close()
