@@ -3,8 +3,9 @@
  * Happy path: wait runs completions; then the inbox is handed out and everything that became
  * possible is started: log, apply, reads, graves, checkpoint, reclaim. The rest of the files never
  * wait.
- * Failure modes: a failed write or sync of log or checkpoint: the store is failed; everything is
- * answered MP_STATUS_IO until it is opened again. The world ended (simulated crash): step says so.
+ * Failure modes: a failed write or sync of log or checkpoint: the store is failed; everything but
+ * reads is answered MP_STATUS_IO until it is opened again. The world ended (simulated crash): step
+ * says so.
  */
 #include <stdarg.h>
 #include <stdio.h>

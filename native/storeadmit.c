@@ -181,8 +181,6 @@ uint32_t store_query_admit(struct mp_store *store, const struct store_query *que
 	struct store_volume *volume = store_volume_find(store, query->volume);
 	uint64_t blocks;
 
-	if (store->failure)
-		return MP_STATUS_IO;
 	if (query->block_count == 0)
 		return MP_STATUS_INVALID;
 	if (!volume || !volume->visible)

@@ -74,7 +74,8 @@ class OpenStore:
         self.store_id = read_store_id(directory)
 
     def close(self) -> None:
-        """Finish what was accepted, checkpoint, and give the directory back.
+        """Finish what was accepted, checkpoint, and give the directory back.  StoreError: its disk
+        failed on the way; what was acknowledged is in the log.
 
         A core that has failed is left as it is, and the directory locked, until the process ends:
         its reactor may wait for ever for a disk that answers nothing, and must not be waited for.
@@ -82,8 +83,11 @@ class OpenStore:
         if self.core.failure() is not None:
             return
         self.core.stop()
+        failure = self.core.failure()  # of the last checkpoint
         self.core.close()
         self._give_back()
+        if failure is not None:
+            raise StoreError(Code.IO, failure)
 
     def _give_back(self) -> None:
         if self._driver is not None:
