@@ -21,6 +21,7 @@ What is dirty stays on the device in every case.
 import asyncio
 import errno
 import logging
+import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -39,7 +40,12 @@ from millpond.store.errors import ProtocolError, Unreachable
 
 log = logging.getLogger("millpond.cache")
 
-_TRY_AGAIN = frozenset((lib.MP_STATUS_FULL, lib.MP_STATUS_IO, lib.MP_STATUS_BEHIND))
+# For people, in status: what the answer means and what it needs.
+_DELAYS = {
+    lib.MP_STATUS_FULL: "the store is full: writes wait until it has room",
+    lib.MP_STATUS_IO: "the store's disk fails: see its log, then restart it",
+    lib.MP_STATUS_BEHIND: "the store is behind",
+}
 _STATUS_NAMES = {
     int(getattr(lib, name)): name.removeprefix("MP_STATUS_")
     for name in dir(lib)
@@ -296,7 +302,11 @@ class VolumeDestage:
             if batch.status == -errno.EBUSY:  # a cut that a cancelled task asked for still runs
                 await resync.wait()
                 continue
-            raise VolumeRefused(batch.message or f"the write log cannot be read: {batch.status}")
+            raise VolumeRefused(
+                batch.message
+                or f"the write log cannot be read ({os.strerror(-batch.status)});"
+                " destage stopped, nothing was dropped"
+            )
 
     async def _ask_to_cut(self) -> Batch:
         cookie = self._events.new_cookie()
@@ -341,9 +351,9 @@ class VolumeDestage:
                 self._delayed("the store found a batch corrupt", backoff)
                 await backoff.wait()
                 return False
-            if worst.status not in _TRY_AGAIN:
+            if worst.status not in _DELAYS:
                 raise _stop(worst)
-            self._delayed(f"the store answers {worst.status_name}", backoff)
+            self._delayed(_DELAYS[worst.status], backoff)
             await backoff.wait()
             frame = bytearray(frame)
 

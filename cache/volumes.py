@@ -305,7 +305,7 @@ class Volume:
                 if self.state is State.CLOSED:
                     await self._open()
         except CacheError as refused:
-            error = refused
+            error, self.problem = refused, str(refused)  # in status until it opens
         finally:
             outcome.set_result(error)
         if isinstance(error, StoreAway):

@@ -98,6 +98,7 @@ def show_cache(answer: dict[str, Any]) -> None:
             "destage rates": f"average {rate(shaping['average_bytes_per_s'])},"
             f" peak {rate(shaping['peak_bytes_per_s'])}",
             "checksum errors": ", ".join(f"{where} {count}" for where, count in errors.items()),
+            "device errors": f"{engine['device_errors']}, log rescued {engine['log_rescues']}",
         }
     )
     for store in answer["stores"]:

@@ -25,6 +25,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+# Guests wait meanwhile; it goes on by itself.
+FULL = "FULL: no room for another segment; make the file system larger, or give back space in it"
+
 
 def register(parent: typer.Typer) -> None:
     """Add the noun to the command tree."""
@@ -93,6 +96,7 @@ def status(
     print_fields(
         {
             "store": answer["store_id"],
+            "state": FULL if answer.get("full") else "serving",
             "directory": answer["directory"],
             "version": answer["version"],
             "listening": " ".join(answer["listening"]),
@@ -104,6 +108,7 @@ def status(
             "batches": str(answer["applied_batches"]),
             "checksum errors": str(answer["checksum_errors"]),
             "scrub": _scrub_text(answer),
+            "I/O errors": str(answer["io_errors"]),
         }
     )
 

@@ -50,7 +50,8 @@ struct mp_store_counters {
 		 * bad in this pass, or the last if it is over, and in the last that is over. */
 		scrub_segment, scrub_offset_bytes, scrub_passes, scrub_finished_ns,
 		scrub_read_bytes, scrub_verified_bytes, scrub_bad, scrub_bad_last_pass,
-		scrub_yields;              /* reads that were put off for clients */
+		scrub_yields,              /* reads that were put off for clients */
+		full; /* 1: no room for another segment when last asked */
 };
 /* Format an empty store directory (superblock, synced). -EEXIST when file 0 exists. */
 int mp_store_format(struct mp_driver *driver, const uint8_t *store_id, uint64_t segment_bytes);

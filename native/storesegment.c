@@ -95,6 +95,7 @@ static void open_step(struct store_io *io)
 	if (out_of_space(io->io.result)) {
 		store->full_until_ns =
 			store->driver->now_ns(store->driver->self) + STORE_FULL_RETRY_NS;
+		store->counters.full = 1;
 		store->opening_bytes = 0; /* the segment waits, created or not, for the next try */
 		return;
 	}
@@ -109,6 +110,7 @@ static void open_step(struct store_io *io)
 		return;
 	}
 	segment->capacity_bytes = store->opening_bytes;
+	store->counters.full = 0;
 	store->opening = NULL;
 	store->opening_bytes = 0;
 	if (segment->kind == MP_GROUP_META)

@@ -80,7 +80,8 @@ def test_list_and_status_of_cache_and_store(slow: Millpond) -> None:
         assert "segments" in answer("cache", "status", *at)
     store = json.loads(answer("store", "status", "--json", *at))
     assert store["volumes"] == 1 and len(store["store_id"]) == 32
-    assert "checksum errors  0" in answer("store", "status", *at)
+    words = answer("store", "status", *at)
+    assert "checksum errors  0" in words and "serving" in words and "I/O errors       0" in words
     fails(millpond("cache", "status", "--control", "/nowhere"), 6, "no cache answers")
 
 
