@@ -60,7 +60,12 @@ def refused(*arguments: str | Path) -> str:
 
 def status(directory: Path) -> dict[str, Any]:
     """What `millpond status --json` prints of an `up`, without a process for it."""
-    return asyncio.run(control.call(str(directory / "control.sock"), "status", timeout_s=60))
+    return control_call(directory / "control.sock", "status")
+
+
+def control_call(path: Path, op: str) -> dict[str, Any]:
+    """One question to a running cache."""
+    return asyncio.run(control.call(str(path), op, timeout_s=60))
 
 
 def printed_status(directory: Path) -> dict[str, Any]:

@@ -5,12 +5,17 @@ trims, zeroes, flushes, FUA and verified reads.  Overlapping requests take effec
 which they were sent, so what a sector may hold after a crash is its state after some request in
 flight that touches it, or after the newest acknowledged one.
 
+Every 512 bytes of a write begin with who wrote them and his how manieth write it was, so that wrong
+data tells where it comes from.
+
 Happy path: attach(client), step() as long as one likes; lost() when the server was killed; then
 attach() again and verify(), which compares every sector and takes what it found as the new truth.
-Failure modes: Wrong, with the place and what was expected there.
+Failure modes: Wrong, with the place and what was expected there.  Where errors are part of the test
+(endures_errors), what a write that failed has changed is as open as after a kill.
 """
 
 import random
+import struct
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -22,6 +27,8 @@ KIB = 1024
 MIB = 1024 * KIB
 READ_BYTES = 4 * MIB
 WRITE_MAX_BYTES = 128 * KIB
+STAMP = struct.Struct("<4sIQ")  # magic, who, when
+STAMP_MAGIC = b"stmp"
 
 
 class Wrong(AssertionError):
@@ -54,13 +61,24 @@ class Totals:
     reads: int = 0
     written_bytes: int = 0
     open_sectors: int = 0  # in flight at a kill: either value was legal
+    errors: int = 0
 
     def __str__(self) -> str:
+        errors = f", {self.errors} errors" if self.errors else ""
         return (
             f"{self.writes} writes ({self.written_bytes / MIB:.0f} MiB), {self.discards} trims and"
             f" zeroes, {self.flushes} flushes, {self.reads} verified reads acknowledged;"
-            f" {self.open_sectors} sectors in flight at a kill"
+            f" {self.open_sectors} sectors in flight at a kill{errors}"
         )
+
+
+def told_by(data: bytes | bytearray) -> str:
+    """Who wrote this, and when, as far as it says so."""
+    at = data.find(STAMP_MAGIC)
+    if at < 0 or len(data) - at < STAMP.size:
+        return "zeroes" if not any(data) else "unstamped"
+    _, who, when = STAMP.unpack_from(data, at)
+    return f"write {when} of client {who}"
 
 
 @dataclass
@@ -72,6 +90,8 @@ class Stamper:
     length_bytes: int
     depth: int
     totals: Totals = field(default_factory=Totals)
+    who: int = 0
+    endures_errors: bool = False
 
     def __post_init__(self) -> None:
         assert self.base % SECTOR == self.length_bytes % SECTOR == 0
@@ -170,10 +190,13 @@ class Stamper:
     def _content(self, length: int) -> bytes:
         """Half compressible, half not; every write's differs."""
         self._stamp += 1
-        if self.chance.randrange(2):
-            return self.chance.randbytes(length)
-        stamp = self._stamp.to_bytes(8, "little") + self.chance.randbytes(8)
-        return (stamp * (length // 16 + 1))[:length]
+        stamp = STAMP.pack(STAMP_MAGIC, self.who, self._stamp)
+        if not self.chance.randrange(2):
+            return (stamp * (length // STAMP.size + 1))[:length]
+        noise = bytearray(self.chance.randbytes(length))
+        for at in range(0, length - STAMP.size + 1, SECTOR):
+            noise[at : at + STAMP.size] = stamp
+        return bytes(noise)
 
     def _send_write(self, client: NbdClient) -> None:
         offset, length = self._place(WRITE_MAX_BYTES)
@@ -222,9 +245,15 @@ class Stamper:
     # ---- replies ----
 
     def _answered(self, reply: Reply) -> None:
-        if reply.error:
-            raise Wrong(f"{reply.request}: error {reply.error}")
         cookie = reply.request.cookie
+        if reply.error:
+            if not self.endures_errors:
+                raise Wrong(f"{reply.request}: error {reply.error}")
+            self.totals.errors += 1
+            self._changes.pop(cookie, None)  # for ever unacknowledged
+            self._looks.pop(cookie, None)
+            self._flushes.discard(cookie)
+            return
         if cookie in self._changes:
             self._acknowledged(self._changes.pop(cookie))
             self.totals.written_bytes += len(reply.request.payload)
@@ -263,13 +292,14 @@ class Stamper:
             if shown not in [state for _, state in self._open[sector]]:
                 raise Wrong(
                     f"byte {self.base + sector * SECTOR}: none of the {len(self._open[sector])}"
-                    f" values that are possible; found {shown[:32].hex()}..."
+                    f" values that are possible; found {shown[:32].hex()}... ({told_by(shown)})"
                 )
             expected[at : at + SECTOR] = shown
         if expected != found:
             at = next(at for at in range(len(found)) if expected[at] != found[at])
             raise Wrong(
-                f"byte {self.base + start + at}: acknowledged {expected[at : at + 16].hex()},"
-                f" found {found[at : at + 16].hex()}"
+                f"byte {self.base + start + at}: acknowledged {expected[at : at + 16].hex()}"
+                f" ({told_by(expected[at : at + SECTOR])}), found {found[at : at + 16].hex()}"
+                f" ({told_by(found[at : at + SECTOR])})"
             )
         self.image[start : start + len(found)] = found
