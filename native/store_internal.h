@@ -55,6 +55,8 @@ enum {
 /* What places and addresses can hold: segment << MP_PLACE_PAGE_BITS | page. */
 #define STORE_SEGMENTS_MAX (1ULL << (64 - MP_PLACE_PAGE_BITS))
 #define STORE_FILE_MAX_BYTES ((uint64_t)MP_PAGE_BYTES << MP_PLACE_PAGE_BITS)
+/* Sequences below it: what a checkpoint may hold, so what may come into the log. */
+#define STORE_SEQUENCES_MAX (UINT64_MAX / 2)
 /* in a place: number of a page that is on no disk yet */
 #define STORE_IN_MEMORY (1ULL << 63)
 
@@ -185,6 +187,7 @@ struct store_batch {                       /* what admission needs to know of a 
 	const uint8_t *volume;
 	uint64_t first_sequence, last_sequence, epoch, lineage, end_block;
 	uint32_t data_extents;
+	uint8_t is_foreign;                /* data of another origin than the volume */
 };
 
 /* A frame being worked on. buffer is 4 KiB aligned and laid out so that it can become a group:

@@ -26,6 +26,8 @@ static void survey(const struct mp_record *record, struct store_batch *batch)
 		if (extent->first_block + extent->block_count > batch->end_block)
 			batch->end_block = extent->first_block + extent->block_count;
 		batch->data_extents += extent->stored_length_bytes != 0;
+		batch->is_foreign |= extent->stored_length_bytes &&
+				     memcmp(extent->origin, record->volume, sizeof record->volume);
 	}
 }
 
@@ -57,6 +59,10 @@ uint32_t store_batch_check(struct mp_store *store, const uint8_t *bytes, uint64_
 	}
 	if (!last && !(offset_bytes && store_fault(store, MP_STORE_FAULT_HALF_BATCH)))
 		return MP_STATUS_INVALID;
+	/* Who writes is the origin of what is written. Else one batch of made-up origins after the
+	 * other would fill the table of origins, for good. */
+	if (batch->is_foreign)
+		return MP_STATUS_INVALID;
 	batch->volume = first->volume;
 	batch->first_sequence = first->first_sequence;
 	batch->last_sequence = first->last_sequence;
@@ -83,7 +89,7 @@ static uint32_t batch_admission(struct mp_store *store, const struct store_batch
 		return MP_STATUS_UNKNOWN_VOLUME;
 	state = &volume->admitted;
 	blocks = state->size_bytes / MP_BLOCK_BYTES + (state->size_bytes % MP_BLOCK_BYTES != 0);
-	if (batch->epoch > state->epoch)
+	if (batch->epoch > state->epoch || batch->last_sequence >= STORE_SEQUENCES_MAX)
 		return MP_STATUS_INVALID;
 	if (batch->epoch < state->epoch && !store_fault(store, MP_STORE_FAULT_OLD_EPOCH))
 		return MP_STATUS_STALE_EPOCH;
@@ -113,7 +119,8 @@ static uint32_t volume_admission(struct mp_store *store, struct store_request *r
 	    request->frame.checked_bytes != sizeof *wanted)
 		return MP_STATUS_INVALID;
 	if (mp_is_zero(wanted->id, sizeof wanted->id) || wanted->name[MP_NAME_BYTES - 1] ||
-	    !mp_is_zero(wanted->reserved, sizeof wanted->reserved))
+	    !mp_is_zero(wanted->reserved, sizeof wanted->reserved) ||
+	    wanted->applied_sequence >= STORE_SEQUENCES_MAX)
 		return MP_STATUS_INVALID;
 	volume = store_volume_find(store, wanted->id);
 	request->volume = *wanted;

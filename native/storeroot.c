@@ -179,7 +179,7 @@ static int volume_is_possible(struct mp_store *store, const struct mp_checkpoint
 	       entry->height < STORE_LEVELS - 1 &&
 	       !(entry->root.place & STORE_IN_MEMORY) &&
 	       memchr(entry->state.name, 0, sizeof entry->state.name) &&
-	       entry->state.applied_sequence < UINT64_MAX / 2;
+	       entry->state.applied_sequence < STORE_SEQUENCES_MAX;
 }
 
 static int segment_is_possible(struct mp_store *store, const struct mp_checkpoint_segment *entry)

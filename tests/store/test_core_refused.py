@@ -6,7 +6,7 @@ import pytest
 
 from millpond.native import lib, record
 from millpond.native.store import Lineage, ProtocolError
-from store_support import BLOCK, LINEAGE, World, Write, batch_payload, fill
+from store_support import BLOCK, LINEAGE, VOLUME, World, Write, batch_payload, fill
 
 OK = lib.MP_STATUS_OK
 
@@ -90,6 +90,41 @@ def test_newer_writer_cannot_repeat_an_older_ones_batch(world: World) -> None:
     assert world.put(state.with_changes(lineages=(*state.lineages, Lineage(5, 2)))) == OK
     assert world.write([Write(0, fill(2))], first=1, lineage=5) == lib.MP_STATUS_CONFLICT
     assert world.read(0, 1).data == fill(1)
+
+
+def test_batch_whose_sequence_no_checkpoint_can_hold(world: World) -> None:
+    """Else the next start would find a checkpoint that cannot be: one batch, and no store."""
+    state = world.state()
+    for last in (2**63 - 1, 2**64 - 2):
+        refused = world.write([Write(0, fill(1))], first=1, last=last)
+        assert refused == lib.MP_STATUS_INVALID
+    fresh = state.with_changes(id=b"another volume..", applied_sequence=2**63 - 1)
+    assert world.put(fresh) == lib.MP_STATUS_INVALID
+    assert world.write([Write(0, fill(1))], first=1, last=2**63 - 2) == OK
+    assert world.checkpoint() == OK
+    world.reopen()
+    assert world.state().applied_sequence == 2**63 - 2
+
+
+def test_batch_with_data_of_another_origin(world: World) -> None:
+    """Made-up origins would fill the store's table of them, which only grows."""
+    stranger, stored = record.encode_extent(b"somebody else...", 0, fill(1), sequence=1)
+    whole = record.encode_record(
+        record.Record(
+            type=lib.MP_RECORD_BATCH,
+            volume=VOLUME,
+            lineage=LINEAGE,
+            first_sequence=1,
+            last_sequence=1,
+            epoch=1,
+            last_of_batch=True,
+            extents=(stranger,),
+        ),
+        stored,
+    )
+    status = world.call(lib.MP_FRAME_BATCH, whole, connection=1).status
+    assert status == lib.MP_STATUS_INVALID
+    assert world.read(0, 1).data == bytes(BLOCK)
 
 
 def test_unknown_volume(world: World) -> None:
