@@ -125,6 +125,7 @@ static struct store_page *create(struct mp_store *store, uint64_t place)
 
 	page->place = place;
 	page->data = take(store);
+	page->refers_safely = 1;
 	hash(store, page);
 	return page;
 }
@@ -143,7 +144,13 @@ static void give_back(struct mp_store *store, uint64_t place)
 {
 	struct store_segment *segment = store_segment_find(store, place >> MP_PLACE_PAGE_BITS);
 
-	assert(segment && segment->kind == MP_GROUP_META && segment->live_bytes >= MP_PAGE_BYTES);
+	/* A reference and a count that a checkpoint had: both verify, and may yet be forged. */
+	if (!segment || segment->kind != MP_GROUP_META || segment->live_bytes < MP_PAGE_BYTES) {
+		store_fail(store, -EBADMSG, "a map page lies where none was counted: segment",
+			   place >> MP_PLACE_PAGE_BITS,
+			   (place & ((1 << MP_PLACE_PAGE_BITS) - 1)) * MP_PAGE_BYTES);
+		return;
+	}
 	segment->live_bytes -= MP_PAGE_BYTES;
 }
 
@@ -185,6 +192,7 @@ static void load(struct mp_store *store, struct store_page *page)
 	uint64_t offset_bytes = (page->place & ((1 << MP_PLACE_PAGE_BITS) - 1)) * MP_PAGE_BYTES;
 
 	page->state = STORE_PAGE_LOADING;
+	page->refers_safely = 0;
 	if (store->recovering) {
 		settle(store, page, mp_driver_read(store->driver, file, offset_bytes, page->data,
 						   MP_PAGE_BYTES));
@@ -223,6 +231,17 @@ int store_page_get(struct mp_store *store, const struct mp_page_ref *ref, struct
 		use(store, page);
 	}
 	*out = page;
+	return 0;
+}
+
+int store_page_check_inner(struct store_page *page)
+{
+	const struct mp_page_ref *refs = (const struct mp_page_ref *)(const void *)page->data;
+
+	for (uint32_t i = 0; !page->refers_safely && i < 1 << MP_INNER_BITS; i++)
+		if (refs[i].place & STORE_IN_MEMORY)
+			return -EBADMSG;
+	page->refers_safely = 1;
 	return 0;
 }
 

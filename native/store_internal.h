@@ -98,6 +98,7 @@ struct store_page {
 	struct mp_page_descriptor about;   /* set when dirty */
 	uint8_t state;                     /* enum store_page_state */
 	uint8_t unreferenced;              /* writing: drop it when written */
+	uint8_t refers_safely;             /* inner: see store_page_check_inner */
 	int error;
 };
 
@@ -425,6 +426,9 @@ struct store_page *store_page_dirty(struct mp_store *store, struct store_page *p
 					const struct mp_page_descriptor *about);
 void store_page_release(struct mp_store *store, const struct mp_page_ref *ref);
 void store_page_wait(struct mp_store *store, struct store_wait *wait); /* for store->missing */
+/* Inner pages only, once per load: a page from disk may not refer to pages in memory, or it could
+ * name one of another tree. 0 or -EBADMSG. */
+int store_page_check_inner(struct store_page *page);
 void store_page_freeze(struct mp_store *store, struct store_page *page, uint64_t place);
 void store_page_written(struct mp_store *store, struct store_page *page);
 void store_pages_trim(struct mp_store *store);

@@ -37,6 +37,8 @@ static int bury_children(struct mp_store *store, struct store_grave *grave)
 	struct store_page *page;
 	int error = store_page_get(store, &grave->root, &page);
 
+	if (!error)
+		error = store_page_check_inner(page);
 	if (error)
 		return error;
 	children = (struct mp_page_ref *)(void *)page->data;

@@ -56,8 +56,8 @@ static uint32_t admit(struct mp_store *store, struct store_read *read)
 }
 
 /* One more block at the end of the pieces: part of the last one, or a new one. */
-static void add_block(struct mp_store *store, struct store_read *read, uint64_t block,
-		      uint64_t address)
+static int add_block(struct mp_store *store, struct store_read *read, uint64_t block,
+		     uint64_t address)
 {
 	struct piece *last = read->piece_count ? &read->pieces[read->piece_count - 1] : NULL;
 	uint64_t within = MP_EXTENT_BLOCKS - 1;
@@ -67,7 +67,7 @@ static void add_block(struct mp_store *store, struct store_read *read, uint64_t 
 		      address / MP_EXTENT_BLOCKS == last->address / MP_EXTENT_BLOCKS &&
 		      address == last->address + last->wire.block_count))) {
 		last->wire.block_count++;
-		return;
+		return 0;
 	}
 	last = &read->pieces[read->piece_count++];
 	memset(last, 0, sizeof *last);
@@ -78,9 +78,12 @@ static void add_block(struct mp_store *store, struct store_read *read, uint64_t 
 	if (address) {
 		last->segment = store_segment_find(
 			store, address >> (MP_ADDRESS_EXTENT_BITS + MP_ADDRESS_BLOCK_BITS));
-		assert(last->segment);
+		/* The page's checksum is right, and yet the address may be forged. */
+		if (!last->segment)
+			return -EBADMSG;
 		last->segment->readers++;
 	}
+	return 0;
 }
 
 /* All addresses, in one turn. */
@@ -97,14 +100,14 @@ static int look_up(struct mp_store *store, struct store_read *read)
 		error = store_tree_leaf(store, &volume->map, last, STORE_LOOK, &leaves[1]);
 	if (error)
 		return error;
-	for (uint64_t block = first; block <= last; block++) {
+	for (uint64_t block = first; block <= last && !error; block++) {
 		int second = block >> MP_MAP_LEAF_BITS != first >> MP_MAP_LEAF_BITS;
 		const uint8_t *leaf = leaves[second];
 
-		add_block(store, read, block,
-			  leaf ? ((const uint64_t *)(const void *)leaf)[block & mask] : 0);
+		error = add_block(store, read, block,
+				  leaf ? ((const uint64_t *)(const void *)leaf)[block & mask] : 0);
 	}
-	return 0;
+	return error;
 }
 
 int store_extent_describe(const struct mp_store *store, const struct mp_extent_entry *entry,

@@ -107,12 +107,16 @@ uint8_t *store_checkpoint_encode(struct mp_store *store, uint64_t *length_bytes)
 static uint8_t *read_payload(struct mp_store *store, uint64_t *length_bytes)
 {
 	uint64_t group_bytes = store->super.checkpoint_length_bytes, at = MP_GROUP_HEADER_BYTES;
+	int64_t file_bytes = store->driver->file_length_bytes(store->driver->self,
+							      store->super.checkpoint_segment);
 	struct mp_group *header;
 	uint8_t *group, *payload;
 
 	*length_bytes = 0;
 	if (group_bytes < MP_BLOCK_BYTES || group_bytes % MP_BLOCK_BYTES ||
-	    group_bytes > STORE_META_GROUP_MAX_BYTES)
+	    group_bytes > STORE_META_GROUP_MAX_BYTES ||
+	    /* or a number alone could have memory reserved for what is not there */
+	    file_bytes < 0 || group_bytes > (uint64_t)file_bytes)
 		return NULL;
 	group = store_allocate_aligned(group_bytes);
 	payload = store_allocate(group_bytes);

@@ -221,9 +221,12 @@ int mp_store_connect(struct mp_store *store, uint64_t connection, int socket, co
 		free(chunk);
 		return -ENOMEM;
 	}
-	memcpy(handover->received, received, received_bytes);
+	/* NULL with a length of 0 is welcome, but not to memcpy. */
+	if (received_bytes)
+		memcpy(handover->received, received, received_bytes);
 	handover->received_bytes = received_bytes;
-	memcpy(chunk->bytes, greeting, greeting_bytes);
+	if (greeting_bytes)
+		memcpy(chunk->bytes, greeting, greeting_bytes);
 	chunk->length_bytes = greeting_bytes;
 	handover->greeting = chunk;
 	handover->socket = socket;
