@@ -1,9 +1,9 @@
 # Two commands do everything on a fresh Debian 12 with Python 3.11, make and git:
 #   make demo    build, install into .venv, and run the main job
 #   make test    install what the tests need and run them all
-# The rest: build, install, uninstall, bench, bench-density, torture SEEDS=1000, faults, lint,
-# format, prove WHAT=backbone, clean. System packages are printed first; only those that are
-# missing are installed, with sudo where not root.
+# The rest: build, install, uninstall, bench, bench-density, torture SEEDS=1000, faults, sanitize,
+# fuzz SECONDS=60, lint, format, prove WHAT=backbone, clean. System packages are printed first;
+# only those that are missing are installed, with sudo where not root.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -21,6 +21,8 @@ BUILD_PACKAGES := gcc libc6-dev liblz4-dev libxxhash-dev
 PYTHON_PACKAGES := python3-dev python3-venv
 DEMO_PACKAGES := qemu-system-x86 e2fsprogs busybox-static
 TEST_PACKAGES := fio libnbd-bin python3-libnbd nbdkit nbd-client qemu-utils
+# libFuzzer and the sanitizers of clang; gcc brings its own.
+FUZZ_PACKAGES := clang libclang-rt-dev
 BENCH_PACKAGES := fio nbdkit qemu-utils
 
 # The first python3 on PATH that is new enough.
@@ -38,7 +40,8 @@ endif
 
 NATIVE := $(wildcard native/*.c native/*.h native/build_native.py)
 
-.PHONY: help demo test torture faults build install uninstall bench lint format prove clean
+.PHONY: help demo test torture faults build install uninstall bench lint format prove sanitize \
+	fuzz clean
 help:
 	@sed -n '1,7s/^# \{0,1\}//p' Makefile
 
@@ -79,7 +82,9 @@ $(RUN)/build.packages: Makefile
 $(RUN)/demo.packages: Makefile
 	$(call install,demo,$(BUILD_PACKAGES) $(DEMO_PACKAGES))
 $(RUN)/test.packages: Makefile
-	$(call install,test,$(BUILD_PACKAGES) $(TEST_PACKAGES))
+	$(call install,test,$(BUILD_PACKAGES) $(TEST_PACKAGES) $(FUZZ_PACKAGES))
+$(RUN)/fuzz.packages: Makefile
+	$(call install,fuzz,$(BUILD_PACKAGES) $(FUZZ_PACKAGES))
 $(RUN)/bench.packages: Makefile
 	$(call install,bench,$(BUILD_PACKAGES) $(BENCH_PACKAGES))
 
@@ -157,6 +162,20 @@ torture: $(RUN)/native
 # Each deliberate fault in the code, and where it is caught.
 faults: $(RUN)/native
 	@PYTHONHASHSEED=0 PYTHONPATH=tests $(VENV)/bin/python -m sim.faults
+
+# The suite over a core with sanitizers, in a copy of the checkout: WHAT=address (and undefined
+# behaviour) or WHAT=thread, both if not said; ARGS="tests/native" some of it.
+sanitize: $(RUN)/test.packages
+	@code=0
+	for each in $(or $(WHAT),address thread); do
+		"$(PYTHON)" tests/sanitize.py $$each $(ARGS) || code=$$?
+	done
+	exit $$code
+
+# Every fuzz harness for so long; ARGS="nbd wire" some of them.
+SECONDS := 60
+fuzz: $(RUN)/fuzz.packages $(RUN)/native
+	@PYTHONPATH=tests $(VENV)/bin/python -m fuzz $(SECONDS) $(ARGS)
 
 bench: $(RUN)/bench.packages $(RUN)/native
 	@PYTHONPATH=bench $(VENV)/bin/python -m peers $(ARGS)

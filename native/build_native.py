@@ -3,7 +3,7 @@
 The headers are the only declaration of the Python/C boundary: the text between their
 cdef markers is what cffi parses, what the type stub is made from, and the same headers
 are what gcc compiles, so the three cannot disagree.
-MILLPOND_SANITIZE=address|undefined|thread instruments the C.
+MILLPOND_SANITIZE=address,undefined or thread instruments the C (see tests/sanitize.py).
 
 The stub, _native.pyi, is written beside the extension and not checked in: it is as much
 a product of the headers as the extension is, and a stale copy would let mypy accept a
@@ -128,7 +128,10 @@ class BuildNative(build_ext):
         # Every header: a forgotten one would leave stale objects behind after an edit.
         ext.depends = [*ext.depends, *map(str, sorted(HERE.glob("*.h")))]
         if sanitizer := os.environ.get("MILLPOND_SANITIZE"):
-            ext.extra_compile_args += [f"-fsanitize={sanitizer}", "-fno-omit-frame-pointer", "-O1"]
+            ext.extra_compile_args += [
+                *(f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"),
+                *("-fno-omit-frame-pointer", "-O1"),
+            ]
             ext.extra_link_args += [f"-fsanitize={sanitizer}"]
         super().build_extension(ext)
         (Path(self.get_ext_fullpath(ext.name)).parent / STUB).write_text(make_stub(ffi))

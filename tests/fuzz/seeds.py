@@ -1,0 +1,144 @@
+"""What the fuzzer begins with: whole structures and ordinary lives, made here, not kept as blobs.
+
+An input is a string of steps or patches; the C file of a harness says how it reads them.  A seed is
+an ordinary one, so that the fuzzer starts behind the first checks.
+"""
+
+import struct
+from collections.abc import Iterator
+
+from golden import generate
+from models import record_model as model
+
+VOLUME = b"volume A of fuzz"
+RECORD_NAMES = ("record_log", "record_batch", "record_volume")
+FRAME_NAMES = ("frame_read", "frame_read_reply", "frame_status", "frame_status_reply")
+PLACES = 60  # the first structures of an image: the superblock, the checkpoint, records
+
+
+def make(name: str) -> Iterator[bytes]:
+    """The seeds of one harness."""
+    makers = {
+        "record": _record,
+        "nbd": _nbd,
+        "fetch": _fetch,
+        "wire": _wire,
+        "cache": _patches,
+        "store": _patches,
+    }
+    return makers[name]()
+
+
+def _record() -> Iterator[bytes]:
+    """Kind, then bytes."""
+    for name in FRAME_NAMES:
+        data = generate.path_of(name).read_bytes()
+        yield b"\0" + data
+        yield b"\1" + data
+    for name in RECORD_NAMES:
+        data = generate.path_of(name).read_bytes()
+        yield b"\2" + data
+        yield b"\3" + data
+    packed = generate.packed_pattern(4 * model.BLOCK)
+    extent = model.lz4_extent(model.Extent(VOLUME, 4092, 4, 1001), packed)
+    yield b"\4" + extent.pack() + packed
+    yield b"\5" + struct.pack("<QBQ", 100, 9, 1) + b"\xff\xff\3" + bytes(40) + b"data" * 30
+
+
+# ---- the NBD stream ----
+
+
+def _request(command: int, block: int, blocks: int, token: int = 7) -> bytes:
+    """Step 0: command with flags in the upper half, offset, length, token."""
+    length = (blocks * model.BLOCK).to_bytes(3, "little")
+    return struct.pack("<BBI", 0, command, block * model.BLOCK) + length + bytes([token])
+
+
+def _raw(command: int, offset: int, length: int, flags: int = 0) -> bytes:
+    """Step 1: bytes; here those of a request."""
+    data = struct.pack(">IHHQQI", 0x25609513, flags, command, 1, offset, length)
+    return bytes([1, len(data)]) + data
+
+
+def _turns(count: int) -> bytes:
+    return bytes([2, count])
+
+
+def _nbd() -> Iterator[bytes]:
+    answer, narrow, hang_up, again, ship = b"\3", b"\4\0\x10", b"\5", b"\6", b"\7"
+    everything = b"".join(
+        _request(command, 10 + command, 3) + _turns(2) for command in (1, 0, 4, 6, 5, 7, 3)
+    )
+    for how in (0, 6, 8, 14, 1):  # crash and stop; simple, structured, read-only
+        yield bytes([how]) + everything + answer + _turns(4)
+    yield b"\x08" + _request(1, 0, 64) * 6 + ship + ship + _request(0, 0, 70) + answer + _turns(3)
+    yield b"\x0e" + narrow + _request(0, 0, 70) * 3 + answer + _turns(2) + hang_up + _turns(2)
+    yield b"\x00" + _raw(1, 5, 100) + _turns(1) + again + _request(3, 0, 0) + _turns(1)
+    yield b"\x08" + _raw(0, 1 << 40, 1 << 20) + _raw(9, 0, 0) + _raw(2, 0, 0) + _turns(3)
+    yield b"\x08" + _request(4, 0, 900) + _request(1, 4, 8) + _request(6, 0, 4000) + ship + ship
+    yield b"\x0e" + _request(7, 0, 4000) + _turns(1) + answer + _turns(2)
+
+
+# ---- replies of a store ----
+
+
+def _ask(block: int, blocks: int) -> bytes:
+    return struct.pack("<BHB", 0, block, blocks)
+
+
+def _reply(flags: int, patches: bytes = b"", rest: bytes = b"") -> bytes:
+    return bytes([1, flags, len(patches) // 11]) + patches + rest
+
+
+def _patch(offset: int, how: int, value: int) -> bytes:
+    """Offset, how, value: see input_patch."""
+    return struct.pack("<HBQ", offset, how, value)
+
+
+def _fetch() -> Iterator[bytes]:
+    for flags, rest in (
+        *((0, b""), (1, _patch(20, 1, 7)), (2, b"\5"), (4, b"\6"), (128, b"")),
+        *((8, b"\0\1\0"), (16, b"\2"), (64, b"\x10\0\0"), (32, b"")),
+    ):
+        yield b"\1" + _ask(3, 20) + _reply(flags, rest=rest) + b"\3\2" + _ask(4, 9) + b"\5\3\2"
+    for offset in (24, 32, 40, 44, 48, 56, 60, 80, 88, 96, 104, 112):
+        yield b"\0" + _ask(12, 12) + _reply(0, _patch(offset, 5, 1)) + b"\3\3" + b"\5\3\2"
+    yield b"\1" + _ask(12, 60) + b"\4\0" + b"\5\3\1" + _ask(600, 60) + b"\4\0\5\6\3\1"
+    yield b"\1" + _ask(1, 200) + _reply(0, _patch(48, 3, 900)) + _ask(4, 99) + b"\5\3\3"
+
+
+# ---- frames to a store ----
+
+
+def _wire() -> Iterator[bytes]:
+    ask = struct.pack("<BBHB", 1, 0x20 | 4, 10, 0)[:4]
+    batch = struct.pack("<BBHB", 2, 2, 30, 9)
+    put, delete, checkpoint, turns = b"\3\0", b"\4\0", b"\5", b"\x08\4"
+    yield b"\1" + batch + turns + ask + turns + checkpoint + turns + batch + turns
+    yield b"\0" + put + batch + batch + turns + delete + turns + checkpoint + turns
+    yield b"\1" + b"\3\1" + turns + struct.pack("<BBHB", 2, 3, 5, 5) + turns + ask + turns
+    for connection in range(4):
+        for kind in range(20):
+            yield bytes([connection & 1, 0, connection, kind, 48, 0]) + VOLUME + bytes(32) + turns
+    for offset in (8, 12, 40, 48, 56, 64, 72, 80, 84, 88, 96, 208, 216, 224, 232, 236):
+        how = 2 | 1 << 5
+        changed = struct.pack("<BBHB", 2, how, 30, 9) + _patch(offset, 7, 1)
+        yield b"\1" + changed + turns + checkpoint + turns
+        high = struct.pack("<BBHB", 2, how, 30, 9) + _patch(offset, 3, 1 << 63)
+        yield b"\1" + high + turns + checkpoint + turns
+    for offset in (64, 72, 80, 88, 112, 120):
+        yield b"\1" + bytes([3, 0x20]) + _patch(offset, 3, 1 << 63) + turns + checkpoint + turns
+    yield b"\0" + bytes([6, 1, 9]) + b"no frame." + turns + b"\7\1" + b"\7\3" + turns
+
+
+# ---- images ----
+
+
+def _patches() -> Iterator[bytes]:
+    """Nothing changed, in each image; then one number of one structure."""
+    for how in range(16):
+        yield bytes([how])
+    changes = ((16, 3, (1 << 64) - 1), (40, 2, 1), (80, 3, 1 << 40))
+    for place in range(PLACES):
+        offset, width, value = changes[place % len(changes)]
+        yield struct.pack("<BH", place & 13, place) + _patch(offset, width | 4, value)
