@@ -17,6 +17,8 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "poison.h"
+
 enum { SIZES = 5, CHUNK_BYTES = 4194304 };
 
 /* One size: its range and its free buffers, by index within the range. */
@@ -73,8 +75,10 @@ static int class_open(struct size_class *class, uint64_t size_bytes, uint64_t bu
 
 static void class_close(struct size_class *class)
 {
-	if (class->base != NULL)
+	if (class->base != NULL) {
+		mp_unpoison(class->base, class->open_bytes);
 		munmap(class->base, range_bytes(class));
+	}
 	free(class->warm);
 	free(class->cold);
 	free(class->is_out);
@@ -159,6 +163,7 @@ static int64_t open_fresh(struct size_class *class)
 		if (mprotect(class->base + class->open_bytes, CHUNK_BYTES,
 			     PROT_READ | PROT_WRITE) != 0)
 			return -errno;
+		mp_poison(class->base + class->open_bytes, CHUNK_BYTES);
 		class->open_bytes += CHUNK_BYTES;
 	}
 	return class->fresh++;
@@ -186,6 +191,7 @@ void *mp_buffers_get(struct mp_buffers *buffers, uint64_t length_bytes)
 	assert(!class->is_out[index]);
 	class->is_out[index] = 1;
 	buffers->used_bytes += class->size_bytes;
+	mp_unpoison(class->base + (uint64_t)index * class->size_bytes, class->size_bytes);
 	return class->base + (uint64_t)index * class->size_bytes;
 }
 
@@ -200,6 +206,7 @@ void mp_buffers_put(struct mp_buffers *buffers, void *buffer, uint64_t length_by
 	assert(offset_bytes % class->size_bytes == 0 && index < class->fresh);
 	assert(class->is_out[index]);
 	class->is_out[index] = 0;
+	mp_poison(buffer, class->size_bytes);
 	class->warm[class->warm_count++] = (uint32_t)index;
 	buffers->used_bytes -= class->size_bytes;
 	buffers->warm_bytes += class->size_bytes;

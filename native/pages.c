@@ -7,6 +7,7 @@
  * -errno, and the next one tries again. A page being written by a checkpoint is copied before it is
  * changed, so that what goes to disk is the state of the freeze.
  */
+#include "poison.h"
 #include "store_internal.h"
 
 static struct store_page **bucket(struct mp_store *store, uint64_t place)
@@ -99,6 +100,7 @@ static uint8_t *take(struct mp_store *store)
 
 	if (data) {
 		memcpy(&memory->unused, data, sizeof memory->unused);
+		mp_unpoison(data, MP_PAGE_BYTES);
 		return data;
 	}
 	if (memory->cut_pages == memory->slab_count * STORE_SLAB_PAGES) {
@@ -106,9 +108,12 @@ static uint8_t *take(struct mp_store *store)
 					   memory->slab_count + 1, sizeof *memory->slabs);
 		memory->slabs[memory->slab_count++] =
 			store_allocate_aligned(STORE_SLAB_PAGES * MP_PAGE_BYTES);
+		mp_poison(memory->slabs[memory->slab_count - 1], STORE_SLAB_PAGES * MP_PAGE_BYTES);
 	}
 	data = memory->slabs[memory->slab_count - 1];
-	return data + memory->cut_pages++ % STORE_SLAB_PAGES * MP_PAGE_BYTES;
+	data += memory->cut_pages++ % STORE_SLAB_PAGES * MP_PAGE_BYTES;
+	mp_unpoison(data, MP_PAGE_BYTES);
+	return data;
 }
 
 static void put_back(struct mp_store *store, uint8_t *data)
@@ -117,6 +122,7 @@ static void put_back(struct mp_store *store, uint8_t *data)
 
 	memcpy(data, &memory->unused, sizeof memory->unused);
 	memory->unused = data;
+	mp_poison(data + sizeof memory->unused, MP_PAGE_BYTES - sizeof memory->unused);
 }
 
 static struct store_page *create(struct mp_store *store, uint64_t place)
