@@ -221,7 +221,7 @@ static bool background_pending(const struct mp_engine *engine)
 
 static int64_t wait_ns(const struct mp_engine *engine, int64_t timeout_ns, uint64_t timer_ns)
 {
-	if (background_pending(engine) || engine->commands || engine->stopped ||
+	if (background_pending(engine) || commands_waiting(engine) || engine->stopped ||
 	    engine->walks_pending ||
 	    /* Room has come: whom it was refused asks again, in log_append_ready. */
 	    (engine->shares_stale && !engine->failed && !engine->rescue.stage) ||

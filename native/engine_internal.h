@@ -445,6 +445,7 @@ uint64_t volume_age_ns(const struct volume *volume); /* of its oldest undestaged
 
 /* mailbox.c */
 void commands_run(struct mp_engine *engine);
+bool commands_waiting(const struct mp_engine *engine);
 void mailbox_free(struct mp_engine *engine); /* with the events that nobody took */
 
 /* outbox.c */

@@ -179,6 +179,12 @@ void commands_run(struct mp_engine *engine)
 	}
 }
 
+/* What it misses comes with the wake that follows it. */
+bool commands_waiting(const struct mp_engine *engine)
+{
+	return __atomic_load_n(&engine->commands, __ATOMIC_RELAXED) != NULL;
+}
+
 void mailbox_free(struct mp_engine *engine)
 {
 	while (engine->commands) {
@@ -218,7 +224,8 @@ static int post(struct mp_engine *engine, struct command *command)
 	if (!command)
 		return -ENOMEM;
 	pthread_mutex_lock(&engine->mutex);
-	*engine->commands_tail = command;
+	/* Atomic for commands_waiting, which looks at the first without the mutex. */
+	__atomic_store_n(engine->commands_tail, command, __ATOMIC_RELAXED);
 	engine->commands_tail = &command->next;
 	pthread_mutex_unlock(&engine->mutex);
 	engine->driver->wake(engine->driver->self);
