@@ -61,11 +61,18 @@ void image_take(struct image *image, struct mp_sim *sim, struct mp_driver *drive
 		uint64_t device_bytes);
 struct mp_sim *image_world(const struct image *image);
 
-/* Structures that lie somewhere in an image, by kind. */
+/* Structures that lie somewhere in an image, by kind: seeds.py has the same kinds in the same
+ * order, and so reaches every field of each. */
+enum cache_kind { CACHE_SUPER, CACHE_CHECKPOINT, CACHE_VOLUME, CACHE_SEGMENT, CACHE_TOMBSTONE,
+	CACHE_INDEX, CACHE_SLOT, CACHE_RECORD, CACHE_EXTENT };
+enum store_kind { STORE_SUPER, STORE_GROUP, STORE_RECORD, STORE_EXTENT, STORE_STATE,
+	STORE_DESCRIPTOR, STORE_LEAF, STORE_INNER, STORE_CHECKPOINT, STORE_VOLUME, STORE_SEGMENT,
+	STORE_ORIGIN, STORE_GRAVE };
 struct place { uint64_t file, offset_bytes, length_bytes; uint32_t kind; };
 struct places { struct place *items; uint64_t count; };
 void places_add(struct places *places, struct place place);
-/* The input's patches (2 bytes of place each) to the disk, at most so many. */
+/* The input's patches to the disk, at most so many: each 2 bytes of place (number within its kind,
+ * kind), then as input_patch. */
 void places_patch(const struct places *places, struct mp_sim *sim, struct input *input,
 		  uint32_t patches_max);
 

@@ -55,10 +55,11 @@ static void poke(struct mp_sim *sim, uint64_t offset_bytes, const void *in, uint
 	CHECK(mp_sim_poke(sim, 0, offset_bytes, in, length_bytes) == (int64_t)length_bytes);
 }
 
-static void entries(struct device *device, uint64_t *at, uint64_t count, uint64_t bytes)
+static void entries(struct device *device, uint32_t kind, uint64_t *at, uint64_t count,
+		    uint64_t bytes)
 {
 	for (uint64_t i = 0; i < count && i < ENTRIES_MAX; i++)
-		places_add(&device->places, (struct place){0, *at + i * bytes, bytes, 0});
+		places_add(&device->places, (struct place){0, *at + i * bytes, bytes, kind});
 	*at += count * bytes;
 }
 
@@ -70,13 +71,13 @@ static void note_checkpoint(struct device *device, struct mp_sim *sim)
 
 	peek(sim, at, &header, sizeof header);
 	places_add(&device->places, (struct place){0, at, sizeof header - sizeof header.reserved,
-						   0});
+						   CACHE_CHECKPOINT});
 	at += MP_BLOCK_BYTES;
-	entries(device, &at, header.volume_count, sizeof(struct mp_cache_volume));
-	entries(device, &at, header.segment_count, sizeof(struct mp_segment_entry));
-	entries(device, &at, header.tombstone_count, sizeof(struct mp_tombstone));
-	entries(device, &at, header.index_count, sizeof(struct mp_index_entry));
-	entries(device, &at, header.slot_count,
+	entries(device, CACHE_VOLUME, &at, header.volume_count, sizeof(struct mp_cache_volume));
+	entries(device, CACHE_SEGMENT, &at, header.segment_count, sizeof(struct mp_segment_entry));
+	entries(device, CACHE_TOMBSTONE, &at, header.tombstone_count, sizeof(struct mp_tombstone));
+	entries(device, CACHE_INDEX, &at, header.index_count, sizeof(struct mp_index_entry));
+	entries(device, CACHE_SLOT, &at, header.slot_count,
 		sizeof(struct mp_slot_entry) + header.slot_blocks * sizeof(uint32_t));
 }
 
@@ -96,11 +97,11 @@ static void note_records(struct device *device, struct mp_sim *sim, uint64_t seg
 		memcpy(&header, bytes + at, sizeof header);
 		device->records[device->record_count++] = (struct log_record){
 			offset, header.header_length_bytes, (uint64_t)length, header.checksum};
-		places_add(&device->places, (struct place){0, offset, sizeof header, 0});
+		places_add(&device->places, (struct place){0, offset, sizeof header, CACHE_RECORD});
 		for (uint32_t i = 0; i < header.extent_count && i < EXTENTS_MAX; i++)
 			places_add(&device->places, (struct place){
 				0, offset + MP_RECORD_HEADER_BYTES + i * MP_EXTENT_BYTES,
-				MP_EXTENT_BYTES, 0});
+				MP_EXTENT_BYTES, CACHE_EXTENT});
 		at += (uint64_t)length;
 	}
 }
@@ -111,7 +112,7 @@ static void note(struct device *device, struct mp_sim *sim)
 
 	peek(sim, 0, super, sizeof *super);
 	places_add(&device->places, (struct place){
-		0, 0, sizeof *super - sizeof super->reserved, 0});
+		0, 0, sizeof *super - sizeof super->reserved, CACHE_SUPER});
 	note_checkpoint(device, sim);
 	for (uint64_t i = 0; i < super->log_segment_count; i++)
 		note_records(device, sim, super->log_offset_bytes + i * super->log_segment_bytes);

@@ -89,12 +89,26 @@ void places_add(struct places *places, struct place place)
 	places->items[places->count++] = place;
 }
 
+/* Upper byte: the kind; lower: which of them. Of a kind that the image has none of: any. */
+static const struct place *choose(const struct places *places, uint64_t number)
+{
+	uint64_t count = 0, wanted;
+
+	for (uint64_t i = 0; i < places->count; i++)
+		count += places->items[i].kind == number >> 8;
+	if (!count)
+		return &places->items[number % places->count];
+	wanted = (number & 255) % count;
+	for (uint64_t i = 0;; i++)
+		if (places->items[i].kind == number >> 8 && wanted-- == 0)
+			return &places->items[i];
+}
+
 void places_patch(const struct places *places, struct mp_sim *sim, struct input *input,
 		  uint32_t patches_max)
 {
 	for (uint32_t i = 0; i < patches_max && input->left_bytes; i++) {
-		const struct place *place =
-			&places->items[input_number(input, 2) % places->count];
+		const struct place *place = choose(places, input_number(input, 2));
 		uint8_t bytes[MP_BLOCK_BYTES];
 
 		CHECK(place->length_bytes <= sizeof bytes);

@@ -5,26 +5,37 @@ an ordinary one, so that the fuzzer starts behind the first checks.
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from golden import generate
+from millpond.native import ffi
 from models import record_model as model
 
 VOLUME = b"volume A of fuzz"
 RECORD_NAMES = ("record_log", "record_batch", "record_volume")
 FRAME_NAMES = ("frame_read", "frame_read_reply", "frame_status", "frame_status_reply")
-PLACES = 60  # the first structures of an image: the superblock, the checkpoint, records
+# The structures of an image that a patch may change, as fuzz.h numbers them: of format.h, or so
+# many bytes of their own.
+CACHE_KINDS = (
+    *("mp_cache_super", "mp_cache_checkpoint", "mp_cache_volume", "mp_segment_entry"),
+    *("mp_tombstone", "mp_index_entry", "mp_slot_entry", "mp_record", "mp_extent"),
+)
+CHECKPOINT, CHECKPOINT_VOLUME, CHECKPOINT_SEGMENT, GRAVE = 104, 736, 56, 24
+STORE_KINDS = (
+    *("mp_store_super", "mp_group", "mp_record", "mp_extent", "mp_volume_state", 48, 64, 64),
+    *(CHECKPOINT, CHECKPOINT_VOLUME, CHECKPOINT_SEGMENT, 16, GRAVE),
+)
 
 
 def make(name: str) -> Iterator[bytes]:
     """The seeds of one harness."""
-    makers = {
+    makers: dict[str, Callable[[], Iterator[bytes]]] = {
         "record": _record,
         "nbd": _nbd,
         "fetch": _fetch,
         "wire": _wire,
-        "cache": _patches,
-        "store": _patches,
+        "cache": lambda: _patches(CACHE_KINDS),
+        "store": lambda: _patches(STORE_KINDS),
     }
     return makers[name]()
 
@@ -103,6 +114,9 @@ def _fetch() -> Iterator[bytes]:
         yield b"\1" + _ask(3, 20) + _reply(flags, rest=rest) + b"\3\2" + _ask(4, 9) + b"\5\3\2"
     for offset in (24, 32, 40, 44, 48, 56, 60, 80, 88, 96, 104, 112):
         yield b"\0" + _ask(12, 12) + _reply(0, _patch(offset, 5, 1)) + b"\3\3" + b"\5\3\2"
+    for block in (15, 17):  # one piece of data, one of zeroes; both say that they are two blocks
+        longer = _patch(56, 5, 1) + _patch(88, 5, 1)
+        yield b"\1" + _ask(block, 0) + _reply(0, longer) + b"\3\3" + _ask(9, 3) + b"\5\3\2"
     yield b"\1" + _ask(12, 60) + b"\4\0" + b"\5\3\1" + _ask(600, 60) + b"\4\0\5\6\3\1"
     yield b"\1" + _ask(1, 200) + _reply(0, _patch(48, 3, 900)) + _ask(4, 99) + b"\5\3\3"
 
@@ -134,11 +148,25 @@ def _wire() -> Iterator[bytes]:
 # ---- images ----
 
 
-def _patches() -> Iterator[bytes]:
-    """Nothing changed, in each image; then one number of one structure."""
+def _fields(kind: str | int) -> Iterator[tuple[int, int]]:
+    """Offset and width of every number in a structure; of an array the first."""
+    if isinstance(kind, int):
+        step = 2 if kind <= 64 else 8 if kind < 200 else 32
+        yield from ((offset, min(step, 8)) for offset in range(0, kind, step))
+        return
+    for name, field in ffi.typeof(f"struct {kind}").fields:
+        if not name.startswith("reserved"):
+            size = ffi.sizeof(field.type)
+            yield field.offset, size if size in (1, 2, 4) else 8
+
+
+def _patches(kinds: Sequence[str | int]) -> Iterator[bytes]:
+    """Nothing changed, in each image; then each field of each kind: as high as can be, one more."""
     for how in range(16):
         yield bytes([how])
-    changes = ((16, 3, (1 << 64) - 1), (40, 2, 1), (80, 3, 1 << 40))
-    for place in range(PLACES):
-        offset, width, value = changes[place % len(changes)]
-        yield struct.pack("<BH", place & 13, place) + _patch(offset, width | 4, value)
+    for kind, layout in enumerate(kinds):
+        for offset, width in _fields(layout):
+            for how, value, which in ((0, (1 << 64) - 1, 0), (4, 1, offset * 7 % 256)):
+                how |= width.bit_length() - 1
+                place = struct.pack("<BH", which + how & 1, kind << 8 | which)
+                yield place + _patch(offset, how, value)

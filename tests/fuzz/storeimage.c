@@ -7,11 +7,11 @@
 
 enum { EXTENTS_MAX = 4, STRUCTS_MAX = 32, COPY_BYTES = MP_BLOCK_BYTES };
 
-static void add(struct store_image *store, const struct group *group, uint64_t at,
+static void add(struct store_image *store, const struct group *group, uint32_t kind, uint64_t at,
 		uint64_t length_bytes)
 {
 	places_add(&store->places, (struct place){group->file, group->offset_bytes + at,
-						  length_bytes, 0});
+						  length_bytes, kind});
 }
 
 /* ---- what is where ---- */
@@ -39,16 +39,17 @@ static void note_pages(struct store_image *store, struct group *group)
 		memcpy(&about, group->bytes + page->descriptor_at, sizeof about);
 		page->level = about.level;
 		CHECK(page->level < PAGE_LEVELS);
-		add(store, group, page->descriptor_at, sizeof about);
-		add(store, group, page->page_at, MP_PAGE_BYTES);
+		add(store, group, STORE_DESCRIPTOR, page->descriptor_at, sizeof about);
+		add(store, group, page->level ? STORE_INNER : STORE_LEAF, page->page_at,
+		    MP_PAGE_BYTES);
 	}
 }
 
-static void structs(struct store_image *store, const struct group *group, uint64_t *at,
-		    uint64_t count, uint64_t bytes)
+static void structs(struct store_image *store, const struct group *group, uint32_t kind,
+		    uint64_t *at, uint64_t count, uint64_t bytes)
 {
 	for (uint64_t i = 0; i < count && i < STRUCTS_MAX; i++)
-		add(store, group, *at + i * bytes, bytes);
+		add(store, group, kind, *at + i * bytes, bytes);
 	*at += count * bytes;
 }
 
@@ -58,11 +59,14 @@ static void note_root(struct store_image *store, struct group *group)
 	struct mp_checkpoint header;
 
 	memcpy(&header, group->bytes + at, sizeof header);
-	structs(store, group, &at, 1, sizeof header);
-	structs(store, group, &at, header.volume_count, sizeof(struct mp_checkpoint_volume));
-	structs(store, group, &at, header.segment_count, sizeof(struct mp_checkpoint_segment));
-	structs(store, group, &at, header.origin_count, MP_VOLUME_ID_BYTES);
-	structs(store, group, &at, header.grave_count, sizeof(struct mp_checkpoint_grave));
+	structs(store, group, STORE_CHECKPOINT, &at, 1, sizeof header);
+	structs(store, group, STORE_VOLUME, &at, header.volume_count,
+		sizeof(struct mp_checkpoint_volume));
+	structs(store, group, STORE_SEGMENT, &at, header.segment_count,
+		sizeof(struct mp_checkpoint_segment));
+	structs(store, group, STORE_ORIGIN, &at, header.origin_count, MP_VOLUME_ID_BYTES);
+	structs(store, group, STORE_GRAVE, &at, header.grave_count,
+		sizeof(struct mp_checkpoint_grave));
 	group->is_root = true;
 }
 
@@ -70,19 +74,20 @@ static void note_records(struct store_image *store, struct group *group)
 {
 	uint64_t at = RECORDS_AT;
 
-	add(store, group, 0, MP_GROUP_HEADER_BYTES);
+	add(store, group, STORE_GROUP, 0, MP_GROUP_HEADER_BYTES);
 	for (uint32_t i = 0; i < group->record_count; i++) {
 		int64_t length = mp_record_check(group->bytes + at, group->length_bytes - at);
 		struct mp_record header;
 
 		CHECK(length > 0);
 		memcpy(&header, group->bytes + at, sizeof header);
-		add(store, group, at, sizeof header);
+		add(store, group, STORE_RECORD, at, sizeof header);
 		for (uint32_t j = 0; j < header.extent_count && j < EXTENTS_MAX; j++)
-			add(store, group, at + MP_RECORD_HEADER_BYTES + j * MP_EXTENT_BYTES,
+			add(store, group, STORE_EXTENT,
+			    at + MP_RECORD_HEADER_BYTES + j * MP_EXTENT_BYTES,
 			    MP_EXTENT_BYTES);
 		if (header.type == MP_RECORD_VOLUME)
-			add(store, group, at + header.header_length_bytes,
+			add(store, group, STORE_STATE, at + header.header_length_bytes,
 			    header.payload_length_bytes);
 		if (header.type == MP_RECORD_PAGES)
 			note_pages(store, group);
@@ -118,7 +123,7 @@ void store_image_note(struct store_image *store, struct mp_sim *sim)
 {
 	CHECK(mp_sim_peek(sim, 0, 0, &store->super, sizeof store->super) > 0);
 	places_add(&store->places, (struct place){
-		0, 0, sizeof store->super - sizeof store->super.reserved, 0});
+		0, 0, sizeof store->super - sizeof store->super.reserved, STORE_SUPER});
 	for (uint64_t i = 0; i < store->image.file_count; i++) {
 		uint64_t file = store->image.files[i].number, at = 0;
 
