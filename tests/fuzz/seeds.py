@@ -12,6 +12,7 @@ from millpond.native import ffi
 from models import record_model as model
 
 VOLUME = b"volume A of fuzz"
+SIZE = 4096 * model.BLOCK
 RECORD_NAMES = ("record_log", "record_batch", "record_volume")
 FRAME_NAMES = ("frame_read", "frame_read_reply", "frame_status", "frame_status_reply")
 # The structures of an image that a patch may change, as fuzz.h numbers them: of format.h, or so
@@ -56,6 +57,30 @@ def _record() -> Iterator[bytes]:
     yield b"\5" + struct.pack("<QBQ", 100, 9, 1) + b"\xff\xff\3" + bytes(40) + b"data" * 30
 
 
+def _patch(offset: int, how: int, value: int) -> bytes:
+    """Offset, how, value: see input_patch."""
+    return struct.pack("<HBQ", offset, how, value)
+
+
+def _fields(kind: str | int) -> Iterator[tuple[int, int]]:
+    """Offset and width of every number in a structure; of an array the first."""
+    if isinstance(kind, int):
+        step = 2 if kind <= 64 else 8 if kind < 200 else 32
+        yield from ((offset, min(step, 8)) for offset in range(0, kind, step))
+        return
+    for name, field in ffi.typeof(f"struct {kind}").fields:
+        if not name.startswith("reserved"):
+            size = ffi.sizeof(field.type)
+            yield field.offset, size if size in (1, 2, 4) else 8
+
+
+def _changes(layout: str, start: int = 0) -> Iterator[bytes]:
+    """A patch for each field of a structure that begins there: as high as can be, one more."""
+    for offset, width in _fields(layout):
+        for how, value in ((0, (1 << 64) - 1), (4, 1)):
+            yield _patch(start + offset, how | width.bit_length() - 1, value)
+
+
 # ---- the NBD stream ----
 
 
@@ -88,6 +113,17 @@ def _nbd() -> Iterator[bytes]:
     yield b"\x08" + _raw(0, 1 << 40, 1 << 20) + _raw(9, 0, 0) + _raw(2, 0, 0) + _turns(3)
     yield b"\x08" + _request(4, 0, 900) + _request(1, 4, 8) + _request(6, 0, 4000) + ship + ship
     yield b"\x0e" + _request(7, 0, 4000) + _turns(1) + answer + _turns(2)
+    edges = (
+        (0, 0),
+        (SIZE - 1, 1),
+        (SIZE - 1, 2),
+        (SIZE, 0),
+        ((1 << 64) - 1, 1),
+        (1, (1 << 32) - 1),
+    )
+    for command in (0, 1, 3, 4, 5, 6, 7, 8, 0xFFFF):
+        asked = b"".join(_raw(command, *edge) + _turns(1) for edge in edges)
+        yield b"\x0e" + asked + answer + _turns(2)
 
 
 # ---- replies of a store ----
@@ -101,19 +137,18 @@ def _reply(flags: int, patches: bytes = b"", rest: bytes = b"") -> bytes:
     return bytes([1, flags, len(patches) // 11]) + patches + rest
 
 
-def _patch(offset: int, how: int, value: int) -> bytes:
-    """Offset, how, value: see input_patch."""
-    return struct.pack("<HBQ", offset, how, value)
-
-
 def _fetch() -> Iterator[bytes]:
     for flags, rest in (
         *((0, b""), (1, _patch(20, 1, 7)), (2, b"\5"), (4, b"\6"), (128, b"")),
         *((8, b"\0\1\0"), (16, b"\2"), (64, b"\x10\0\0"), (32, b"")),
     ):
         yield b"\1" + _ask(3, 20) + _reply(flags, rest=rest) + b"\3\2" + _ask(4, 9) + b"\5\3\2"
-    for offset in (24, 32, 40, 44, 48, 56, 60, 80, 88, 96, 104, 112):
-        yield b"\0" + _ask(12, 12) + _reply(0, _patch(offset, 5, 1)) + b"\3\3" + b"\5\3\2"
+    for layout, start in (("mp_read_reply", 0), ("mp_piece", 48), ("mp_extent", 64)):
+        for change in _changes(layout, start):
+            yield b"\0" + _ask(12, 12) + _reply(0, change) + b"\3\3\5\3\2"
+    for layout, start in (("mp_status_reply", 0), ("mp_status_run", 48)):
+        for change in _changes(layout, start):
+            yield b"\0" + _ask(16, 5) + _reply(0, change) + b"\3\3\5\3\2"
     for block in (15, 17):  # one piece of data, one of zeroes; both say that they are two blocks
         longer = _patch(56, 5, 1) + _patch(88, 5, 1)
         yield b"\1" + _ask(block, 0) + _reply(0, longer) + b"\3\3" + _ask(9, 3) + b"\5\3\2"
@@ -134,30 +169,21 @@ def _wire() -> Iterator[bytes]:
     for connection in range(4):
         for kind in range(20):
             yield bytes([connection & 1, 0, connection, kind, 48, 0]) + VOLUME + bytes(32) + turns
-    for offset in (8, 12, 40, 48, 56, 64, 72, 80, 84, 88, 96, 208, 216, 224, 232, 236):
-        how = 2 | 1 << 5
-        changed = struct.pack("<BBHB", 2, how, 30, 9) + _patch(offset, 7, 1)
-        yield b"\1" + changed + turns + checkpoint + turns
-        high = struct.pack("<BBHB", 2, how, 30, 9) + _patch(offset, 3, 1 << 63)
-        yield b"\1" + high + turns + checkpoint + turns
-    for offset in (64, 72, 80, 88, 112, 120):
-        yield b"\1" + bytes([3, 0x20]) + _patch(offset, 3, 1 << 63) + turns + checkpoint + turns
+    sealed = struct.pack("<BBHB", 2, 2 | 1 << 5, 30, 9)
+    for layout, start in (("mp_record", 0), ("mp_extent", 192)):
+        for change in _changes(layout, start):
+            yield b"\1" + sealed + change + turns + checkpoint + turns
+    for change in _changes("mp_volume_state"):
+        yield b"\1" + bytes([3, 0x20]) + change + turns + checkpoint + turns
+    for kind, layout in ((5, "mp_read_request"), (17, "mp_status_request")):
+        for offset, width in _fields(layout):
+            asked = bytearray(VOLUME + struct.pack("<QQQQ", 1, 0, 10, 20))
+            asked[offset : offset + width] = b"\xff" * width
+            yield b"\1" + bytes([0, 2, kind, 48, 0]) + asked + turns
     yield b"\0" + bytes([6, 1, 9]) + b"no frame." + turns + b"\7\1" + b"\7\3" + turns
 
 
 # ---- images ----
-
-
-def _fields(kind: str | int) -> Iterator[tuple[int, int]]:
-    """Offset and width of every number in a structure; of an array the first."""
-    if isinstance(kind, int):
-        step = 2 if kind <= 64 else 8 if kind < 200 else 32
-        yield from ((offset, min(step, 8)) for offset in range(0, kind, step))
-        return
-    for name, field in ffi.typeof(f"struct {kind}").fields:
-        if not name.startswith("reserved"):
-            size = ffi.sizeof(field.type)
-            yield field.offset, size if size in (1, 2, 4) else 8
 
 
 def _patches(kinds: Sequence[str | int]) -> Iterator[bytes]:
