@@ -322,7 +322,7 @@ int mp_store_start(struct mp_store *store)
 void mp_store_stop(struct mp_store *store)
 {
 	pthread_mutex_lock(&store->mutex);
-	store->stopping = 1;
+	__atomic_store_n(&store->stopping, 1, __ATOMIC_RELAXED); /* storelog.c has no mutex */
 	pthread_mutex_unlock(&store->mutex);
 	store->driver->wake(store->driver->self);
 	if (store->started)

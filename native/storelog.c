@@ -388,7 +388,8 @@ static void write_evidence(struct mp_store *store)
 
 	if (store->evidence_commit >= store->synced_commit || store->groups || store->durable)
 		return;
-	if (!store->stopping && store->turn_ns < store->evidence_due_ns)
+	if (!__atomic_load_n(&store->stopping, __ATOMIC_RELAXED) &&
+	    store->turn_ns < store->evidence_due_ns)
 		return;
 	store->evidence_commit = store->synced_commit;
 	if (!fits(store, MP_BLOCK_BYTES, 0))
