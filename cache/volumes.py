@@ -253,7 +253,7 @@ class Volume:
                         await self._open()
                 return
             except StoreAway as error:
-                self.problem = str(error)
+                self.problem = self.problem if self.state is State.FAILED else str(error)
                 await backoff.wait()
             except CacheError as error:
                 self.fail(f"writes on this device were not shipped and are kept: {error}")
