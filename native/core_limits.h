@@ -66,6 +66,13 @@ enum {
 	CHECKPOINT_STEP_BYTES = 512 * 1024,  /* one write of a checkpoint */
 	INTERNAL_BYTES = 16 * 1024 * 1024,   /* of buffers, beyond what guest requests may take */
 	CHECKPOINT_FAILURES_MAX = 3,         /* failed writes of checkpoints in a row */
+	/* Background verification: one read of it, which a guest's may have to wait for. */
+	SCRUB_READ_BYTES = 128 * 1024,
+	SCRUB_SLOTS_MAX = SCRUB_READ_BYTES / MP_BLOCK_BYTES,
+	SCRUB_BURST_BYTES = 4 * SCRUB_READ_BYTES, /* of its budget that is kept while it yields */
+	SCRUB_LOOKS = 4096,                  /* slots passed over for as much as one read */
+	/* A pass takes at least as long as so much would. */
+	SCRUB_PASS_BYTES = 256 * 1024 * 1024,
 	EVENTS_MAX = 65536,
 	REPLY_IOVECS = 256,                  /* per sendmsg */
 	WALK_STEPS = 1024,                   /* of CACHE and BLOCK_STATUS per turn, in blocks */
@@ -99,6 +106,14 @@ enum {
 /* So long without a write of a guest, log segments are given back before the log is short. */
 #define RELEASE_REST_NS 100000000ULL
 
+/* Background verification goes where guests have been quiet for so long: more than there is between
+ * two requests of one that never stops. At depth 16, replies and requests come in bursts, and
+ * between them nothing is in flight; reads that went there cost a third of the guest's rate. */
+#define SCRUB_QUIET_NS 2000000ULL
+/* A read of it waits so long for that. Twenty a second, of SCRUB_READ_BYTES, go to a cache that
+ * never rests: it is verified once in five days per TiB. */
+#define SCRUB_PATIENCE_NS 50000000ULL
+
 /* Ages of dirty data are known to this resolution. */
 #define AGE_RESOLUTION_NS 100000000ULL
 
@@ -114,5 +129,7 @@ _Static_assert(RATE_SLOWED_FIRST >> RATE_HALVINGS == 64 * 1024, "slowed to desta
 _Static_assert(RANGE_ROOM_BYTES < SEGMENT_BYTES_MIN / 8, "data has most of a segment");
 _Static_assert(SHARE_PART < SHARE_PARTS, "something is left for the next volume");
 _Static_assert(SLICE_BYTES <= APPEND_BYTES_MAX, "one mutation fits one record");
+_Static_assert(SCRUB_READ_BYTES / MP_BLOCK_BYTES / MP_SLOT_BLOCKS_MAX >= 1, "a slot is one read");
+_Static_assert(MP_CACHE_SEGMENT_BYTES % SCRUB_READ_BYTES == 0, "a segment is whole reads");
 
 #endif

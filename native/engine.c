@@ -2,7 +2,7 @@
  *
  * A turn: wait (completions run, sockets are read) -> commands of the control plane -> connections
  * that waited for buffers -> misses leave -> appends -> sync -> background slices (destage,
- * release, sweep, checkpoint) -> replies.
+ * release, sweep, checkpoint, verification) -> replies.
  * Failure modes: a failed log write or sync is rescued (rescue.c); when that fails too,
  * acknowledging ends for good (engine_fail): mutations and flushes get EIO, reads go on. A volume
  * fails alone when its log does not verify, or when the store refuses it.
@@ -207,6 +207,7 @@ static void background(struct mp_engine *engine)
 		engine->checkpoint.wanted = true;
 	engine->checkpoint.wanted |= checkpoint_due_ns(engine) <= engine->now_ns;
 	checkpoint_step(engine);
+	scrub_step(engine);
 }
 
 static bool background_pending(const struct mp_engine *engine)
@@ -244,9 +245,11 @@ static int64_t wait_ns(const struct mp_engine *engine, int64_t timeout_ns, uint6
 static uint64_t next_timer_ns(const struct mp_engine *engine)
 {
 	uint64_t log = log_next_timer_ns(engine), checkpoint = checkpoint_due_ns(engine);
-	uint64_t release = release_timer_ns(engine), next = log < checkpoint ? log : checkpoint;
+	uint64_t release = release_timer_ns(engine), scrub = scrub_timer_ns(engine);
+	uint64_t next = log < checkpoint ? log : checkpoint;
 
-	return next < release ? next : release;
+	next = next < release ? next : release;
+	return next < scrub ? next : scrub;
 }
 
 int64_t mp_engine_step(struct mp_engine *engine, int64_t timeout_ns)
@@ -298,6 +301,8 @@ static void set_defaults(struct mp_engine_options *options)
 		options->buffer_bytes = least;
 	if (!options->checkpoint_every_bytes)
 		options->checkpoint_every_bytes = 512ULL * 1024 * 1024;
+	if (!options->scrub_patience_ns)
+		options->scrub_patience_ns = SCRUB_PATIENCE_NS;
 }
 
 static int allocate(struct mp_engine *engine)
@@ -381,6 +386,7 @@ struct mp_engine *mp_engine_open(struct mp_driver *driver, const struct mp_engin
 		: super_check(&engine->super, (uint64_t)device_bytes, message, message_bytes);
 	rc = rc ? rc : allocate(engine);
 	rc = rc ? rc : recovery_run(engine, message, message_bytes);
+	rc = rc ? rc : scrub_new(engine);
 	if (rc == 0) {
 		shares_update(engine);
 		publish(engine, true);
@@ -405,6 +411,7 @@ void mp_engine_free(struct mp_engine *engine)
 	connections_free(engine);
 	for (i = 0; i < engine->volume_count; i++)
 		volume_free(engine->volumes[i]);
+	scrub_free(engine);
 	index_free(&engine->index);
 	if (engine->slots)
 		mp_slots_free(engine->slots);

@@ -41,6 +41,9 @@ struct mp_engine_options {
 	uint64_t checkpoint_every_bytes;   /* of log, at least; default 512 MiB */
 	/* how long to poll before sleeping while the device works; 0: not at all */
 	uint64_t poll_ns;
+	/* background verification of log and slots reads so much; 0: there is none */
+	uint64_t scrub_bytes_per_s;
+	uint64_t scrub_patience_ns;        /* each read of it yields so long; 0: 50 ms */
 	uint64_t test_faults;              /* enum mp_engine_fault; tests only */
 };
 /* Recover the device and open. NULL on failure: *error is -errno, message one line for the
@@ -91,8 +94,15 @@ struct mp_engine_counters {
 		refused_requests, device_errors, segments_free, segments_total, segments_waiting,
 		slots_used, slots_total, slot_bytes, index_entries, memory_bytes, inflight_requests,
 		buffer_bytes_used, promoted_blocks, recovered_records, recovered_bytes,
-		log_rescues, failed;
+		log_rescues, failed,
+		/* of the background verification: enum mp_scrub_stage, and its next slot then; the
+		 * errors are of blocks and records that it found, not of what guests read */
+		scrub_stage, scrub_slot, scrub_passes, scrub_read_bytes, scrub_verified_bytes,
+		scrub_slot_errors, scrub_log_errors;
 };
+/* What a pass is at: log that is undestaged, the rest of the log, slots; or it is over. */
+enum mp_scrub_stage { MP_SCRUB_OFF, MP_SCRUB_RESTS, MP_SCRUB_DIRTY, MP_SCRUB_CLEAN,
+	MP_SCRUB_SLOTS };
 int64_t mp_engine_list_volumes(struct mp_engine *engine, struct mp_engine_volume *out,
 			       uint64_t capacity);
 void mp_engine_counters(struct mp_engine *engine, struct mp_engine_counters *out);
@@ -172,7 +182,9 @@ void mp_engine_fetch_bytes(struct mp_engine *engine, uint32_t store, uint64_t *s
 enum mp_event_type { MP_EVENT_OPENED = 1, MP_EVENT_CLOSED, MP_EVENT_CONNECTION_CLOSED,
 	MP_EVENT_NEED_DIRTY, MP_EVENT_DIRTY_CLEAR, MP_EVENT_BATCH, MP_EVENT_DIRTY_READY,
 	MP_EVENT_VOLUME_FAILED, MP_EVENT_ENGINE_FAILED, MP_EVENT_STOPPED, MP_EVENT_LINK_BROKEN,
-	MP_EVENT_POSITION };
+	MP_EVENT_POSITION, MP_EVENT_SCRUB_FOUND, MP_EVENT_SCRUB_PASS };
+/* MP_EVENT_SCRUB_FOUND: damage on the device, of this volume, found in the background; message says
+ * which block and what became of it. MP_EVENT_SCRUB_PASS: everything has been verified once. */
 /* MP_EVENT_POSITION: first_sequence is destaged, last_sequence acknowledged or about to be. */
 /* MP_EVENT_LINK_BROKEN: a fetch connection is gone, cookie says which; the engine has closed it.
  * status 0: the store closed it; -EPROTO: a reply was malformed or damaged; else -errno. */

@@ -46,6 +46,8 @@ class EngineOptions:
     buffer_bytes: int = 0
     checkpoint_every_bytes: int = 0
     poll_ns: int = 0
+    scrub_bytes_per_s: int = 0  # no default of the engine's: 0 is off
+    scrub_patience_ns: int = 0
     test_faults: int = 0
 
 
@@ -164,6 +166,14 @@ class Position(Event):
     status -ENOENT when the device does not know the volume."""
 
 
+class ScrubFound(Event):
+    """Damage on the device, found in the background; message: which block, what became of it."""
+
+
+class ScrubPass(Event):
+    """Everything that is needed on the device has been verified once."""
+
+
 class Stopped(Event):
     """The engine has written its clean checkpoint."""
 
@@ -181,6 +191,8 @@ _EVENTS: dict[int, type[Event]] = {
     lib.MP_EVENT_STOPPED: Stopped,
     lib.MP_EVENT_LINK_BROKEN: LinkBroken,
     lib.MP_EVENT_POSITION: Position,
+    lib.MP_EVENT_SCRUB_FOUND: ScrubFound,
+    lib.MP_EVENT_SCRUB_PASS: ScrubPass,
 }
 
 

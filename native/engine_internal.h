@@ -58,6 +58,7 @@ struct segment {
 	uint64_t ordinal;
 	uint64_t first_sequence;  /* of its first record */
 	uint64_t released_serial; /* checkpoints begun when it was released */
+	bool damage_told;         /* of a header that is not needed any more; once is enough */
 };
 
 struct volume;
@@ -256,12 +257,13 @@ struct ledger {
 	struct needs inflight, since_running;
 };
 
-struct scan {                     /* reads a segment into memory; used by destage and by release */
+struct scan {                     /* reads a segment into memory, a step at a time; see scan.c */
 	struct mp_io io;
 	struct iovec iov;
 	uint8_t *memory;              /* one segment */
 	uint32_t segment;
 	uint64_t begin_bytes, end_bytes;  /* what of it is in memory */
+	uint64_t step_bytes;          /* of one read; 0: SCAN_STEP_BYTES */
 	bool busy;
 };
 struct cut {
@@ -381,12 +383,14 @@ struct mp_engine {
 	uint64_t next_request_id;
 	bool fetches_wait;            /* in a store's queue, to be sent this turn */
 	uint32_t fills_inflight, ios_inflight;
+	uint32_t guest_ios;           /* of those, that a guest waits for: reads, appends */
 	struct cut cut;
 	uint32_t cut_turn, append_turn;
 	struct release release;
 	struct checkpoint checkpoint;
 	struct syncer sync;
 	struct rescue rescue;
+	struct scrub *scrub;          /* NULL: off */
 	uint64_t now_ns, active_ns, stop_ns;
 	uint64_t appended_ns;         /* when a guest last wrote */
 	bool stopping, stopped, notify_wanted;
@@ -540,6 +544,15 @@ void cut_reset(struct volume *volume);
 void destaged(struct volume *volume, uint64_t sequence);
 void release_step(struct mp_engine *engine);
 uint64_t release_timer_ns(const struct mp_engine *engine);
+
+/* scrub.c, scrublog.c */
+int scrub_new(struct mp_engine *engine);
+void scrub_free(struct mp_engine *engine);
+void scrub_step(struct mp_engine *engine);
+uint64_t scrub_timer_ns(const struct mp_engine *engine);
+/* The chain of this volume (NULL: of any) is not what it was. */
+void scrub_forget(struct mp_engine *engine, const struct volume *volume);
+bool scrub_is_reading(const struct volume *volume); /* its log, now */
 
 /* checkpoint.c, recovery.c */
 enum { SUPER_COPY_BYTES = 65536 }; /* where the second copy of the superblock is */

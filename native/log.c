@@ -199,6 +199,7 @@ static void append_submit(struct append *append)
 	engine->counters.log_records++;
 	engine->counters.log_bytes += length;
 	checkpoint_note_log(engine, length);
+	engine->guest_ios++;
 	engine_submit(engine, &append->io);
 }
 
@@ -501,6 +502,7 @@ static void append_done(struct mp_io *io)
 	struct mp_engine *engine = volume->engine;
 
 	engine->ios_inflight--;
+	engine->guest_ios--;
 	append->done = true;
 	if (io->result < 0)
 		log_failed(engine, (int)-io->result, "a write to the log failed");

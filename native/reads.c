@@ -231,6 +231,7 @@ static void part_done(struct mp_io *io)
 	struct read *read = part->read;
 
 	read->volume->engine->ios_inflight--;
+	read->volume->engine->guest_ios--;
 	unpin(read, part->first, part->count);
 	if (io->result < 0)
 		device_error(part);
@@ -266,6 +267,7 @@ static void start_part(struct read *read, uint32_t first, uint32_t count)
 	if (read->sources[first].kind == SOURCE_SLOT)
 		engine->counters.slot_hits += count;
 	read->pending++;
+	engine->guest_ios++;
 	engine_submit(engine, &part->io);
 }
 

@@ -32,6 +32,7 @@ void log_failed(struct mp_engine *engine, int error, const char *what)
 		return;
 	}
 	engine->rescue.stage = RESCUE_DRAIN;
+	scrub_forget(engine, NULL); /* what it has read of chains may be left behind */
 	engine->counters.log_rescues++;
 }
 

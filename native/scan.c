@@ -1,4 +1,4 @@
-/* scan.c - read a log segment into memory, a step at a time, for destage and for release.
+/* scan.c - read a log segment into memory, a step at a time: for destage, release, verification.
  *
  * The caller's done callback runs with scan->end_bytes moved on, or with io.result negative. The
  * segment is pinned while a read is in flight.
@@ -8,12 +8,13 @@
 static void submit(struct mp_engine *engine, struct scan *scan, void (*done)(struct mp_io *))
 {
 	uint64_t room = engine->super.log_segment_bytes - scan->end_bytes;
+	uint64_t step = scan->step_bytes ? scan->step_bytes : SCAN_STEP_BYTES;
 
 	assert(!scan->busy && room);
 	scan->busy = true;
 	memset(&scan->io, 0, sizeof scan->io);
 	scan->iov.iov_base = scan->memory + scan->end_bytes;
-	scan->iov.iov_len = room < SCAN_STEP_BYTES ? room : SCAN_STEP_BYTES;
+	scan->iov.iov_len = room < step ? room : step;
 	scan->io.op = MP_OP_READ;
 	scan->io.iov = &scan->iov;
 	scan->io.iov_count = 1;

@@ -252,6 +252,28 @@ int64_t mp_slots_find(const struct mp_slots *slots, uint32_t origin, uint64_t bl
 	return index;
 }
 
+uint32_t mp_slots_stored(const struct mp_slots *slots, uint64_t slot, uint32_t *origin,
+			 uint64_t *first_block, uint32_t *checksums)
+{
+	const struct slot *found = &slots->table[slot];
+	const uint32_t *blocks = slots_blocks(slots, slot);
+	uint32_t stored = 0;
+
+	assert(slot < slots->fresh);
+	if (!slot_is_used(found) || pins_of(slots, (uint32_t)slot) >= PINS_BUSY ||
+	    !slots_pins_have_room(&slots->pins))
+		return 0;
+	*origin = slot_origin(found);
+	*first_block = slots_unit(slot_key(found)) * slots->slot_blocks;
+	for (unsigned int place = 0; place < slots->slot_blocks; place++) {
+		uint32_t word = blocks[place];
+
+		checksums[place] = block_is_valid(word) ? slots_block_checksum(word) : 0;
+		stored += checksums[place] != 0;
+	}
+	return stored;
+}
+
 void mp_slots_verified(struct mp_slots *slots, int64_t slot, uint64_t block)
 {
 	uint32_t *word;

@@ -28,6 +28,11 @@ uint32_t mp_slots_checksum(uint64_t checksum);
  * not corruption). */
 int64_t mp_slots_find(const struct mp_slots *slots, uint32_t origin, uint64_t block,
 		      uint32_t *checksum, int *restored);
+/* What who verifies this slot (below mp_slots_fresh) should find stored in it: its origin, its
+ * first block, and of each block what mp_slots_checksum made, 0 where nothing valid is stored.
+ * Returns how many are; 0 also while it must not be pinned. */
+uint32_t mp_slots_stored(const struct mp_slots *slots, uint64_t slot, uint32_t *origin,
+			 uint64_t *first_block, uint32_t *checksums);
 /* no longer restored; nothing where it is no longer valid */
 void mp_slots_verified(struct mp_slots *slots, int64_t slot, uint64_t block);
 /* one access, hit or miss */

@@ -79,7 +79,7 @@ bool volume_is_idle(const struct volume *volume)
 	       list_is_empty(&volume->held) && volume->appends_inflight == 0 &&
 	       volume->fills_inflight == 0 && volume->fetch_count == 0 &&
 	       engine->release.volume != volume && engine->cut.volume != volume &&
-	       !volume->cut_queued;
+	       !volume->cut_queued && !scrub_is_reading(volume);
 }
 
 /* Forget what the log holds of an idle volume; its slots too when its origin changes. */
@@ -108,6 +108,7 @@ static void volume_purge(struct volume *volume)
 	volume->tombstones.count = 0;
 	volume->tail_segment = volume->head_segment = volume->cut_segment = NO_SEGMENT;
 	volume->release_generation++;
+	scrub_forget(engine, volume);
 	readahead_forget(engine, volume);
 	pthread_mutex_lock(&engine->mutex);
 	cut_reset(volume);

@@ -449,6 +449,31 @@ def test_a_block_beyond_what_a_key_can_name_is_never_cached() -> None:
     assert access(table, far - 1, origin=0xFFFFFE)
 
 
+def test_what_is_stored_in_a_slot_is_what_can_be_found_in_it() -> None:
+    """For who verifies: not zeroes, not what is being filled, nothing of a slot full of pins."""
+    table = new(4, slot_blocks=4)
+    for block, checksum in ((8, 0), (9, 0xDEADBEEF), (11, 7)):
+        slot = lib.mp_slots_reserve(table, 3, block)
+        lib.mp_slots_install(table, slot, block, checksum)
+        lib.mp_slots_unpin(table, slot)
+    assert lib.mp_slots_reserve(table, 3, 10) == slot  # claimed, and pinned
+
+    def stored() -> tuple[int, int, int, list[int]]:
+        origin, first = ffi.new("uint32_t *"), ffi.new("uint64_t *")
+        checksums = ffi.new("uint32_t[4]")
+        count = lib.mp_slots_stored(table, slot, origin, first, checksums)
+        return count, origin[0], first[0], list(checksums)
+
+    expected = [0, lib.mp_slots_checksum(0xDEADBEEF), 0, lib.mp_slots_checksum(7)]
+    assert stored() == (2, 3, 8, expected)
+    for _ in range(PINS_BUSY - 1):
+        lib.mp_slots_pin(table, slot)
+    assert stored()[0] == 0
+    lib.mp_slots_unpin(table, slot)
+    lib.mp_slots_invalidate(table, 3, 9, 1)
+    assert stored() == (1, 3, 8, [0, 0, 0, expected[3]])
+
+
 def test_same_seed_same_decisions() -> None:
     """Victims, ties and all: a simulated world can be replayed."""
 

@@ -28,5 +28,6 @@ class Settings:
         None  # the cache's disk fails the fail_io'th of these, in its first life
     )
     fail_io: int = 0
+    scrub_bytes_per_s: int = 0  # of the cache's background verification
     engine_faults: int = 0
     store_faults: int = 0

@@ -48,6 +48,8 @@ MODES: Mapping[str, Settings] = MappingProxyType(
     }
 )
 CUTS = tuple(mode for mode in MODES if mode != "none")
+# In every other pair of seeds the cache's device is verified all the time: a pass every 8 ms.
+SCRUB_BYTES_PER_S = 32 * 1024 * MIB
 AGAIN_MAX = 24  # a second cut comes up to so many I/Os after the first
 AT_ONCE = 64  # places that are run before it is seen whether the history has ended
 TO_THE_END_EVERY = 8  # of so many places one goes on to the end of its history
@@ -75,6 +77,7 @@ class Place:
             shape=SHAPES[self.shape],
             depth=SHAPES[self.shape].depth or 1 + self.seed % 6,
             checkpoint_bytes=(2 + self.seed % 2 * 62) * MIB,
+            scrub_bytes_per_s=self.seed // 2 % 2 * SCRUB_BYTES_PER_S,
             cut_after=self.cut_after,
             cut_again_after=again,
             requests_after_cut=SHAPES[self.shape].requests if whole else 10,
@@ -101,11 +104,19 @@ def run_place(place: Place) -> int:
     world = World(place.settings())
     try:
         world.run()
+        _check_scrub(world)
     except Exception as error:
         raise Caught(f"{type(error).__name__}: {error}\n  again: {place.command}") from error
     finally:
         world.close()
     return world.falls
+
+
+def _check_scrub(world: World) -> None:
+    """Nothing was damaged.  AssertionError."""
+    counters = world.cache.engine.counters()
+    found = counters["scrub_slot_errors"] + counters["scrub_log_errors"]
+    assert not found, f"verification found {found} damaged blocks where there are none"
 
 
 def sweep(mode: str, seed: int) -> int:

@@ -124,7 +124,10 @@ class World:
     def _make_cache(self) -> CacheNode:
         settings = self.settings
         options = EngineOptions(
-            checkpoint_every_bytes=settings.checkpoint_bytes, test_faults=settings.engine_faults
+            checkpoint_every_bytes=settings.checkpoint_bytes,
+            scrub_bytes_per_s=settings.scrub_bytes_per_s,
+            scrub_patience_ns=1,  # not in these worlds: everything beside it
+            test_faults=settings.engine_faults,
         )
         return CacheNode(options, self.cache_id)
 
