@@ -20,6 +20,7 @@ from millpond.cache.errors import CacheError, escaped
 from millpond.cache.events import EngineEvents
 from millpond.cache.links import Identity
 from millpond.cache.replicas import StoreNode
+from millpond.cache.scrub import Scrub, check_rate
 from millpond.cache.serving import CacheExports
 from millpond.cache.settings import VolumeSettings
 from millpond.cache.shaping import Admission, RateLimits
@@ -53,7 +54,9 @@ class CacheConfig:
     volumes: Mapping[str, VolumeSettings] = field(default_factory=dict)
     name: str = "cache"
     read_only: bool = False  # every export; the volume is opened for writing all the same
-    engine: EngineOptions = field(default_factory=EngineOptions)
+    engine: EngineOptions = field(
+        default_factory=lambda: EngineOptions(scrub_bytes_per_s=check_rate(None))
+    )
 
     def settings_of(self, name: str) -> VolumeSettings:
         """What is in force for the volume of this name."""
@@ -80,6 +83,7 @@ class CacheDaemon:
             ]
         )
         self.volumes: dict[bytes, Volume] = {}
+        self.scrub = Scrub(self.events, self._label_of)
         self.exports = CacheExports(
             self.stores, self._volume_for, self._opened, self.tasks, read_only=config.read_only
         )
@@ -200,6 +204,10 @@ class CacheDaemon:
             volume = Volume(volume_id, self._world)
             self.volumes[volume_id] = volume
         return volume
+
+    def _label_of(self, volume_id: bytes) -> str:
+        volume = self.volumes.get(volume_id)
+        return volume.label if volume is not None else volume_id.hex()
 
     def _opened(self, name: str) -> Found | None:
         every = (volume.opened for volume in self.volumes.values())

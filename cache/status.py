@@ -66,6 +66,7 @@ async def status_of(daemon: CacheDaemon) -> dict[str, Any]:
             "fetch": counters["fetch_checksum_errors"],
             "store_segments": sum(store["counters"].get("checksum_errors", 0) for store in stores),
         },
+        "scrub": daemon.scrub.status(counters, daemon.config.engine.scrub_bytes_per_s),
         "volumes": volumes,
         "stores": stores,
         "shaping": _shaping_of(daemon.host),

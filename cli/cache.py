@@ -8,9 +8,10 @@ import typer
 from millpond.cache.chance import Chance
 from millpond.cache.daemon import CacheConfig, CacheDaemon
 from millpond.cache.device import format_cache
+from millpond.cache.scrub import check_rate
 from millpond.cache.settings import VolumeSettings
 from millpond.cache.shaping import RateLimits
-from millpond.cli.configfile import load, rates_of, settings_of, volumes_of
+from millpond.cli.configfile import load, plain, rates_of, settings_of, volumes_of
 from millpond.cli.configtypes import CACHE_FILE, CacheFile, ControlTable, NbdTable
 from millpond.cli.foreground import (
     AverageRateOption,
@@ -31,6 +32,7 @@ from millpond.cli.foreground import (
 from millpond.cli.output import parse_size, print_json
 from millpond.cli.run import USAGE, CommandError, run
 from millpond.cli.status import cache_list, cache_status
+from millpond.native.engine import EngineOptions
 
 app = typer.Typer(
     name="cache",
@@ -134,6 +136,9 @@ def serve(
         else cache_table is not None and cache_table.read_only,
         defaults=settings_of(file.defaults) if file is not None else VolumeSettings(),
         volumes=volumes_of(file) if file is not None else {},
+        engine=EngineOptions(
+            scrub_bytes_per_s=check_rate(plain(cache_table.scrub_rate) if cache_table else None)
+        ),
     )
     tcp = parse_tcp(
         nbd_tcp or (file.nbd.tcp if file else None),

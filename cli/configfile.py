@@ -15,6 +15,7 @@ from typing import Any, TypeVar, get_args
 
 import msgspec
 
+from millpond.cache.scrub import check_rate
 from millpond.cache.settings import VolumeSettings
 from millpond.cache.shaping import RateLimits
 from millpond.cli.configtypes import (
@@ -203,6 +204,7 @@ def _checks(file: CacheFile | StoreFile) -> Iterator[tuple[str, Any]]:
     for text in file.cache.stores:
         yield "cache.stores", lambda text=text: parse_address(text)
     yield "cache.stores", lambda: _not_empty(file.cache.stores)
+    yield "cache.scrub_rate", lambda: check_rate(file.cache.scrub_rate)
     if (tcp := file.nbd.tcp) is not None:
         yield (
             "nbd.tcp",

@@ -60,6 +60,14 @@ class CacheTable(Table, frozen=True, kw_only=True):
     ]
     name: Annotated[str, key("Of this cache, in the stores' logs.", "cache")] = "cache"
     read_only: Annotated[bool, key("Guests may not write.", False)] = False
+    scrub_rate: Annotated[
+        Rate | None,
+        key(
+            "Background verification of the device reads so much per second, 64KiB to 64MiB, and"
+            ' yields to guests; "0" turns it off. 2MiB when not set: 1 TiB in six days.',
+            "4MiB",
+        ),
+    ] = None
 
 
 class NbdTable(Table, frozen=True, kw_only=True):

@@ -99,6 +99,7 @@ def show_cache(answer: dict[str, Any]) -> None:
             f" peak {rate(shaping['peak_bytes_per_s'])}",
             "checksum errors": ", ".join(f"{where} {count}" for where, count in errors.items()),
             "device errors": f"{engine['device_errors']}, log rescued {engine['log_rescues']}",
+            "verification": verification(answer["scrub"], engine["slots_total"]),
         }
     )
     for store in answer["stores"]:
@@ -140,6 +141,20 @@ def notes_of(volume: dict[str, Any]) -> list[str]:
     if slowed is not None:
         notes.append(f"guest slowed to {rate(slowed)}" if slowed else "guest waits for destage")
     return [note for note in notes if note]
+
+
+def verification(scrub: dict[str, Any], slots: int) -> str:
+    """What the background verification is at, for people."""
+    if not scrub["bytes_per_s"]:
+        return "off"
+    place = f"slots, {scrub['slot']} of {slots}" if scrub["stage"] == "slots" else scrub["stage"]
+    age_s = scrub["last_pass_age_s"]
+    last = f", the last {age_s:.0f} s ago" if age_s is not None else ""
+    return (
+        f"{rate(scrub['bytes_per_s'])}; {place}; passes {scrub['passes']}{last};"
+        f" verified {format_size(scrub['verified_bytes'])};"
+        f" errors: slots {scrub['slot_errors']}, log {scrub['log_errors']}"
+    )
 
 
 def percent(share: float | None) -> str:

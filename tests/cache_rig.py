@@ -26,6 +26,7 @@ from millpond.cache.exports import Agreed
 from millpond.cache.shaping import RateLimits
 from millpond.cache.volumes import Volume
 from millpond.native import ffi, lib
+from millpond.native.engine import EngineOptions
 from millpond.store.client import StoreClient
 from nbdclient import NbdClient, Negotiation
 
@@ -208,7 +209,12 @@ class World:
         self.caches: list[Cache] = []
 
     async def cache(
-        self, name: str, *, rates: RateLimits | None = None, through_wire: bool = True
+        self,
+        name: str,
+        *,
+        rates: RateLimits | None = None,
+        through_wire: bool = True,
+        engine: EngineOptions | None = None,
     ) -> Cache:
         """Start the cache of this name; its device is formatted the first time."""
         device = self.directory / f"{name}.cache"
@@ -218,6 +224,7 @@ class World:
             stores=(self.wire.address if through_wire else self.store.address,),
             host_rates=rates or RateLimits(),
             name=name,
+            engine=engine or EngineOptions(),
         )
         cache = Cache(await CacheDaemon.start(str(device), config), device)
         self.caches.append(cache)

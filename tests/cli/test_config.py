@@ -82,6 +82,7 @@ def test_values_that_cannot_be() -> None:
     refused(LEAST.replace('["127.0.0.1:7711"]', "[]"), "cache.stores: give at least one store")
     refused(LEAST.replace("127.0.0.1:7711", "nonsense"), "cache.stores: 'nonsense' is no address")
     refused(LEAST + "read_only = 1", "cache.read_only: expected `bool`")
+    refused(LEAST + 'scrub_rate = "1GiB"', "cache.scrub_rate: scrub_rate is 0 (off), or from 64KiB")
     refused(LEAST + "[rates]\naverage = 20", "rates.average: write it with its unit")
     refused(LEAST + '[rates]\naverage = "20XB"', "rates.average: '20XB' is no size")
     refused(LEAST + '[rates]\naverage = "2MiB"\npeak = "1MiB"', "rates: the peak rate is at least")
@@ -128,6 +129,7 @@ def test_daemons_serve_what_their_files_say(
     )
     (tmp_path / "cache.toml").write_text(
         f'[cache]\ndevice = "{tmp_path}/cache"\nstores = ["unix:{tmp_path}/more.sock"]\n'
+        'scrub_rate = "8MiB"\n'
         f'[nbd]\nsocket = "{tmp_path}/nbd.sock"\nmode = "0666"\n'
         f'[control]\nsocket = "{tmp_path}/control.sock"\n'
         '[rates]\naverage = "1MiB"\npeak = "2MiB"\n'
@@ -156,6 +158,7 @@ def check_served(tmp_path: Path) -> None:
     assert modes == [0o600, 0o600, 0o666, 0o660]
     assert status["name"] == "mine"
     assert status["stores"][0]["address"] == f"unix:{tmp_path}/more.sock"
+    assert status["scrub"]["bytes_per_s"] == 8 * MIB
     shaping = status["shaping"]
     assert (shaping["average_bytes_per_s"], shaping["peak_bytes_per_s"]) == (MIB, 4 * MIB)
 
