@@ -62,8 +62,7 @@ def arguments(job: Job, *, runtime_s: float | None) -> list[str]:
     return command
 
 
-def run(job: Job, reach: list[str], *, runtime_s: float | None = None) -> Figures:
-    """Run job over `reach` (engine and address) and read its figures."""
+def _result(job: Job, reach: list[str], runtime_s: float | None) -> dict[str, Any]:
     command = arguments(job, runtime_s=runtime_s) + reach
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     start = done.stdout.find("{")
@@ -72,6 +71,23 @@ def run(job: Job, reach: list[str], *, runtime_s: float | None = None) -> Figure
     (result,) = json.loads(done.stdout[start:])["jobs"]
     if result["error"]:
         raise SystemExit(f"{' '.join(command)}: I/O error {result['error']}")
+    assert isinstance(result, dict)
+    return result
+
+
+def run_mixed(job: Job, reach: list[str], *, runtime_s: float) -> tuple[Figures, Figures]:
+    """The same for a job that does both: its reads, its writes."""
+    result = _result(job, reach, runtime_s)
+    reads, writes = (
+        Figures(side["iops"], side["total_ios"], side["io_bytes"], *percentiles_us(side["clat_ns"]))
+        for side in (result["read"], result["write"])
+    )
+    return reads, writes
+
+
+def run(job: Job, reach: list[str], *, runtime_s: float | None = None) -> Figures:
+    """Run job over `reach` (engine and address) and read its figures."""
+    result = _result(job, reach, runtime_s)
     side = result["write" if job.writes else "read"]
     latencies = percentiles_us(side["clat_ns"])
     if job.flush:
