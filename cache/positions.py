@@ -53,15 +53,15 @@ def check_still_ours(record: VolumeRecord, known: VolumeStatus | None, cache_id:
 
 
 def has_arrived(record: VolumeRecord, known: VolumeStatus, cache_id: bytes) -> bool:
-    """All that the device takes for unshipped is in the store's history, and we do not write there.
+    """All that the device takes for unshipped is in the store's history, and nothing else is ours.
 
     The device hears that a batch was applied, and remembers it at its next checkpoint: after a
     crash it may take for dirty what it shipped before it gave the volume back.  The proof is the
     store's list of writable opens: the one after ours began behind our last write, and the store
-    has applied up to there.  Where we are the holder there may be newer writes of ours, which a
-    device that was restored from a copy does not know: that is for check_still_ours.
+    has applied up to there.  Where "dirty" is on record for us there are newer writes of ours, which
+    a device that was restored from a copy does not know: that is for check_still_ours.
     """
-    if cache_id.hex() in (record.dirty_holder, record.open_holder):
+    if record.dirty_holder == cache_id.hex():
         return False
     ids = [lineage for lineage, _ in record.lineages]
     if known.lineage not in ids or record.applied_sequence < known.last_sequence:

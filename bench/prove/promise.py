@@ -3,6 +3,8 @@
 The paths of tests named here are agreed: a test that moves takes its line with it.
 """
 
+import os
+import re
 import shutil
 import statistics
 import sys
@@ -13,11 +15,99 @@ from dataclasses import dataclass
 
 import fio
 from farm import Farm
-from prove.runner import WORK, Outcome, Registry, main
+from prove.runner import ROOT, WORK, Outcome, Registry, main, run, tests
 
 registry = Registry("promise")
+TORTURE_SEEDS, TORTURE_LIMIT_S = 1000, 20 * 60
 MAKE = "make prove WHAT=promise ARGS="
 GIB, MIB = 1 << 30, 1 << 20
+
+
+@registry.line("torture", "1000 simulated sites in which everything goes wrong: under 20 minutes")
+def torture() -> Outcome:
+    """MILLPOND_TORTURE_SEEDS for another number."""
+    seeds = int(os.environ.get("MILLPOND_TORTURE_SEEDS", TORTURE_SEEDS))
+    begin = time.perf_counter()
+    code, text = run(["make", "-C", str(ROOT), "torture", f"SEEDS={seeds}"], "torture")
+    seconds = time.perf_counter() - begin
+    figure = f"{seconds:.0f} s: {text.strip().splitlines()[-1 if code == 0 else -2]}"
+    in_time = seconds < TORTURE_LIMIT_S * seeds / TORTURE_SEEDS
+    return Outcome(f"make torture SEEDS={seeds}", figure, passed=code == 0 and in_time)
+
+
+@registry.line("faults", "at least 24 deliberate faults in the code, each caught; one table")
+def faults() -> Outcome:
+    """And those of the store that need a hand-made batch or a damaged log."""
+    code, text = run(["make", "-C", str(ROOT), "faults"], "faults")
+    found = re.search(r"^(\d+) of (\d+) caught$", text, re.MULTILINE)
+    by_hand = tests(
+        "faults-by-hand", "tests/sim/test_fault_scenarios.py", "tests/store/test_core_faults.py"
+    )
+    figure = f"{found[0] if found else 'no table'}; by hand: {by_hand.figure}"
+    enough = found is not None and int(found[1]) >= 24
+    return Outcome("make faults", figure, passed=code == 0 and enough and by_hand.passed)
+
+
+@registry.line("crash", "histories cut after every Nth I/O, in recovery and checkpoints, twice")
+def crash() -> Outcome:
+    """Of cache and store; with verification between everything in half of the worlds."""
+    return tests(
+        "crash",
+        "tests/sim/test_crash_sweep.py",
+        "tests/sim/test_rescue.py",
+        "tests/sim/test_regressions.py",
+        "tests/store/test_core_crash.py",
+    )
+
+
+@registry.line("processes", "real processes: any mixture of troubles, full disks, EIO, restarts")
+def processes() -> Outcome:
+    """MILLPOND_TORTURE_S=3600 for an hour of the mixture."""
+    return tests("processes", "tests/torture")
+
+
+@registry.line("failures", "each failure that a guest can see: its outcome in README, its test")
+def failures() -> Outcome:
+    """The tests that the table names run in other lines, and in make test."""
+    return tests("failures", "tests/test_failures.py", "tests/cli/test_status.py")
+
+
+@registry.line("fsck", "offline check of a store against its log; verification finds every damage")
+def fsck() -> Outcome:
+    """Of stores and of caches."""
+    return tests(
+        "fsck",
+        "tests/store/test_fsck.py",
+        "tests/store/test_fsck_clean.py",
+        "tests/store/test_fsck_refused.py",
+        "tests/store/test_scrub.py",
+        "tests/sim/test_scrub.py",
+        "tests/sim/test_scrub_worlds.py",
+        "tests/cache/test_scrub.py",
+        "tests/torture/test_fsck.py",
+    )
+
+
+@registry.line(
+    "fuzz", "what is parsed in C, behind its checksums: no crash, hang or endless memory"
+)
+def fuzz() -> Outcome:
+    """The regressions, then each harness for a minute."""
+    shown = tests("fuzz", "tests/fuzz")
+    code, text = run(["make", "-C", str(ROOT), "fuzz", "SECONDS=60"], "fuzz-long")
+    lines = [line for line in text.splitlines() if " inputs in " in line]
+    figure = "; ".join([shown.figure, *lines])
+    return Outcome("make fuzz SECONDS=60", figure, passed=shown.passed and code == 0)
+
+
+@registry.line("sanitize", "the suite under address, undefined and thread sanitizers: no report")
+def sanitize() -> Outcome:
+    """MILLPOND_SANITIZE_ARGS chooses tests; all of them take hours."""
+    arguments = os.environ.get("MILLPOND_SANITIZE_ARGS", "tests/native tests/store tests/nbd")
+    code, text = run(["make", "-C", str(ROOT), "sanitize", f"ARGS={arguments}"], "sanitize")
+    ends = [line for line in text.splitlines() if line.startswith("make sanitize WHAT=")]
+    return Outcome(f'make sanitize ARGS="{arguments}"', "; ".join(ends), passed=code == 0)
+
 
 # ---- background verification ----
 

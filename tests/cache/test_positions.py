@@ -22,7 +22,12 @@ NUMBERS |= {"epoch": 4, "lineage": OURS, "destaged_sequence": 15, "last_sequence
 KNOWN = VolumeStatus(**{**NUMBERS, "id": US})  # type: ignore[arg-type]  # all but the id are int
 
 
-def record(applied: int, *lineages: tuple[int, int], holder: bytes | None = OTHER) -> VolumeRecord:
+def record(
+    applied: int,
+    *lineages: tuple[int, int],
+    holder: bytes | None = OTHER,
+    dirty: bytes | None = None,
+) -> VolumeRecord:
     """The volume, opened by others since."""
     return VolumeRecord(
         name="disk",
@@ -32,6 +37,7 @@ def record(applied: int, *lineages: tuple[int, int], holder: bytes | None = OTHE
         lineage=lineages[-1][0],
         applied_sequence=applied,
         open_holder=holder.hex() if holder else None,
+        dirty_holder=dirty.hex() if dirty else None,
         lineages=lineages,
     )
 
@@ -66,9 +72,14 @@ def test_history_that_does_not_know_our_lineage_proves_nothing() -> None:
     assert not has_arrived(replace_lineages(()), KNOWN, US)
 
 
-def test_device_restored_from_a_copy_finds_us_as_the_holder() -> None:
-    """Newer writes of ours may have been on the device that the copy replaced."""
-    ahead = record(30, (OURS, 11), (THEIRS, 21), holder=US)
+def test_we_opened_it_again_and_fell_before_the_engine_knew() -> None:
+    """Nothing of ours is dirty on record: nothing can be missing."""
+    assert has_arrived(record(30, (OURS, 11), (THEIRS, 21), holder=US), KNOWN, US)
+
+
+def test_device_restored_from_a_copy_finds_us_dirty_on_record() -> None:
+    """Newer writes of ours were on the device that the copy replaced."""
+    ahead = record(30, (OURS, 11), (THEIRS, 21), holder=US, dirty=US)
     assert not has_arrived(ahead, KNOWN, US)
     with pytest.raises(VolumeRefused, match="restored, or is a copy"):
         check_still_ours(ahead, KNOWN, US)

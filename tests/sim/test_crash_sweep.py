@@ -12,7 +12,7 @@ import pytest
 
 from sim.sweep import CUTS, sweep
 
-SEEDS = range(10 if os.environ.get("MILLPOND_SIM_FULL") else 1)
+SEEDS = range(3 if os.environ.get("MILLPOND_SIM_FULL") else 1)
 
 
 @pytest.mark.parametrize("round_", SEEDS)
