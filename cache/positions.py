@@ -58,8 +58,8 @@ def has_arrived(record: VolumeRecord, known: VolumeStatus, cache_id: bytes) -> b
     The device hears that a batch was applied, and remembers it at its next checkpoint: after a
     crash it may take for dirty what it shipped before it gave the volume back.  The proof is the
     store's list of writable opens: the one after ours began behind our last write, and the store
-    has applied up to there.  Where "dirty" is on record for us there are newer writes of ours, which
-    a device that was restored from a copy does not know: that is for check_still_ours.
+    has applied up to there.  Where "dirty" is on record for us there are newer writes of ours,
+    which a device that was restored from a copy does not know: that is for check_still_ours.
     """
     if record.dirty_holder == cache_id.hex():
         return False
