@@ -54,6 +54,7 @@ def crash() -> Outcome:
     return tests(
         "crash",
         "tests/sim/test_crash_sweep.py",
+        "tests/sim/test_send_sweep.py",
         "tests/sim/test_rescue.py",
         "tests/sim/test_regressions.py",
         "tests/store/test_core_crash.py",

@@ -91,11 +91,10 @@ class SiteFault:
         """How it was caught.  NotCaught."""
         bit = int(getattr(lib, self.name, 0))
         is_of_store = self.name.startswith("MP_STORE")
-        faults = {"engine_faults": 0 if is_of_store else bit}
-        faults["store_faults"] = bit if is_of_store else 0
+        engine_faults, store_faults = (0, bit) if is_of_store else (bit, 0)
         for first in range(1, SITES_MAX, SITES_AT_ONCE):
             cases = [
-                Case(seed, **faults, kinds=self.kinds)
+                Case(seed, engine_faults, store_faults, self.kinds)
                 for seed in range(first, first + SITES_AT_ONCE)
             ]
             with self.patched():

@@ -123,6 +123,8 @@ class Network:
         self.now_ns = 0
         self.sends = self.moves = 0
         self.overheard: Callable[[End, bytes], None] = lambda end, data: None
+        self.stop_after = 0  # sends; then:
+        self.stop: Callable[[], None] = lambda: None
         self._rng = rng
         self._listeners: dict[str, Listener] = {}
         self._ends: list[End] = []
@@ -224,6 +226,8 @@ class Network:
             peer.incoming.append((due_ns, data[:at]))
             due_ns, data = due_ns + self._rng.randrange(4 * LATENCY_NS), data[at:]
         peer.incoming.append((due_ns, data))
+        if self.sends == self.stop_after:
+            self.stop()
 
     @property
     def next_due_ns(self) -> int | None:

@@ -15,7 +15,7 @@ import logging
 import random
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from millpond.cache.volumes import State as VolumeState
 from sim.happenings import Happenings
@@ -57,7 +57,16 @@ class Outcome:
 class Torture:
     """One world."""
 
-    def __init__(self, plan: Plan, *, engine_faults: int = 0, store_faults: int = 0) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        engine_faults: int = 0,
+        store_faults: int = 0,
+        cut: str = "",
+        cut_after: int = 0,
+    ) -> None:
+        """cut: "cache" or "store", which ends after so many sends of the whole site."""
         self.plan = plan
         self.site = Site(plan, engine_faults=engine_faults, store_faults=store_faults)
         self.outcome = Outcome(plan.seed)
@@ -69,6 +78,11 @@ class Torture:
         self._answered: dict[str, int] = {}
         self._tried: dict[str, int] = {}
         self._events = Happenings(self)
+        if cut:
+            cut_machine = self.site.box if cut == "store" else self.site.hosts[0]
+            cut_machine.set_faults(lose_unsynced=cut_after % 2 == 1, tear=cut_after % 2 == 1)
+            self.site.network.stop_after = cut_after
+            self.site.network.stop = cut_machine.sim.crash
 
     def run(self) -> Outcome:
         """Live it.  Illegal."""
@@ -280,6 +294,8 @@ class Case:
     engine_faults: int = 0
     store_faults: int = 0
     kinds: tuple[Kind, ...] = ()  # what happens; none: chosen by the seed
+    cut: str = ""  # who ends after cut_after sends, and nothing else happens
+    cut_after: int = 0
 
     @property
     def command(self) -> str:
@@ -290,15 +306,22 @@ class Case:
             words.append(f"{self.engine_faults} {self.store_faults}")
         if self.kinds:
             words.append(f"--kinds {','.join(kind.name for kind in self.kinds)}")
+        if self.cut:
+            words.append(f"--cut {self.cut} --cut-after {self.cut_after}")
         return " ".join(words)
 
 
 def run_case(case: Case) -> Outcome:
     """One world; what was wrong with it is in its `error`."""
+    plan = make_plan(case.seed, case.kinds)
+    if case.cut:
+        plan = replace(plan, happenings=())
     torture = Torture(
-        make_plan(case.seed, case.kinds),
+        plan,
         engine_faults=case.engine_faults,
         store_faults=case.store_faults,
+        cut=case.cut,
+        cut_after=case.cut_after,
     )
     try:
         return torture.run()
@@ -337,6 +360,8 @@ def main() -> int:
     parser.add_argument("seed", nargs="?", type=int, help="one world, with its story")
     parser.add_argument("faults", nargs="*", type=int, help="deliberate: of engine, of store")
     parser.add_argument("--kinds", default="", help="only these happen")
+    parser.add_argument("--cut", default="", help="cache or store: it ends after so many sends")
+    parser.add_argument("--cut-after", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=0, help="so many worlds")
     parser.add_argument("--first", type=int, default=1, help="the first seed of many")
     chosen = parser.parse_args()
@@ -346,7 +371,9 @@ def main() -> int:
         return any(outcome.error for outcome in outcomes)
     kinds = tuple(Kind[name] for name in chosen.kinds.split(",") if name)
     engine_faults, store_faults = [*chosen.faults, 0, 0][:2]
-    outcome = run_case(Case(chosen.seed, engine_faults, store_faults, kinds))
+    outcome = run_case(
+        Case(chosen.seed, engine_faults, store_faults, kinds, chosen.cut, chosen.cut_after)
+    )
     print("\n".join(outcome.trace))
     print(f"seed {outcome.seed}: {outcome.error or outcome.end}")
     print(summary([outcome]))
