@@ -394,6 +394,7 @@ struct mp_engine {
 	uint64_t now_ns, active_ns, stop_ns;
 	uint64_t appended_ns;         /* when a guest last wrote */
 	bool stopping, stopped, notify_wanted;
+	bool cut_off;                 /* stopping, and no guest is answered any more */
 	bool was_clean;               /* the last life ended in order: no slot can be stale */
 	int failed;
 	struct mp_engine_counters counters;

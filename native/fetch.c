@@ -304,6 +304,7 @@ int fetch_reply(struct store_link *store, const uint8_t *bytes, uint64_t length_
 /* The engine stops: nobody waits for these any more (their connections are broken). */
 void fetches_abandon(struct mp_engine *engine)
 {
+	engine->cut_off = true;
 	for (uint32_t i = 0; i < FETCH_BUCKETS; i++)
 		while (!list_is_empty(&engine->fetches[i]))
 			fetch_end(CONTAINER(engine->fetches[i].next, struct fetch, in_bucket),

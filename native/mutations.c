@@ -171,7 +171,8 @@ static bool wake_one(struct volume *volume)
 		struct mutation *mutation = CONTAINER(link, struct mutation, in_volume);
 		if (mutation->state == MUTATION_BLOCKED && !is_blocked(mutation)) {
 			mutation->state = MUTATION_BASE;
-			if (volume->failed || volume->engine->failed)
+			/* Cut off: whom it waited for may not have happened, and it came after. */
+			if (volume->failed || volume->engine->failed || volume->engine->cut_off)
 				mutation_failed(mutation, EIO);
 			else
 				proceed(mutation);

@@ -196,7 +196,8 @@ class Site:
 
     async def fall(self, machine: Machine, *, power: bool) -> None:
         """A machine's process ends, with or without the machine."""
-        lost = power or machine.faults.lose_unsynced
+        # A damaged end of the log looks like that of a power cut: recovery cannot know better.
+        lost = power or machine.faults.lose_unsynced or self.plan.damages_cache
         await machine.fall(power=power)
         if isinstance(machine, Host):
             self.guests_leave(machine, Loss.UNFLUSHED if lost else Loss.UNANSWERED)
