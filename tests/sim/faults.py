@@ -9,6 +9,7 @@ Failure modes: NotCaught; a world that fails without the fault is an error of it
 """
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -30,7 +31,7 @@ from sim.torture import Case, Outcome, run_case
 
 WORLDS_MAX = 1500
 SITES_MAX = 240
-SITES_AT_ONCE = 16
+SITES_AT_ONCE = 2 * len(os.sched_getaffinity(0))
 
 
 class NotCaught(AssertionError):
@@ -86,6 +87,7 @@ class SiteFault:
     name: str
     kinds: tuple[Kind, ...] = ()
     patched: Callable[[], AbstractContextManager[object]] = nullcontext
+    is_rare: bool = False  # many sites go by before one meets it: `make faults` has the time
 
     def search(self) -> str:
         """How it was caught.  NotCaught."""
@@ -156,13 +158,15 @@ FAULTS: tuple[SweepFault | SiteFault, ...] = (
     SiteFault("MP_FAULT_ACK_OUT_OF_ORDER"),
     SiteFault("MP_FAULT_ACK_TRIM_EARLY"),
     SiteFault("MP_FAULT_DIRTY_IS_MISS", (Kind.CACHE_FLIP, Kind.CACHE_MISDIRECT)),
-    SiteFault("MP_FAULT_FAILED_SYNC_IS_GOOD", (Kind.CACHE_EIO, Kind.POWER_CACHE)),
+    SiteFault("MP_FAULT_FAILED_SYNC_IS_GOOD", (Kind.CACHE_EIO, Kind.POWER_CACHE), is_rare=True),
     SweepFault("MP_STORE_FAULT_ACK_BEFORE_SYNC", ("store-power",)),
     SweepFault("MP_STORE_FAULT_SKIP_SYNC", ("store-power",)),
     SweepFault("MP_STORE_FAULT_OLD_EPOCH", ("cache-crash",)),
     SweepFault("MP_STORE_FAULT_CHECKPOINT_BEFORE_DATA", ("store-torn",)),
     SweepFault("MP_STORE_FAULT_PUNCH_EARLY", ("store-power",)),
-    SiteFault("MP_STORE_FAULT_FAILED_SYNC_IS_GOOD", (Kind.STORE_EIO, Kind.POWER_STORE)),
+    SiteFault(
+        "MP_STORE_FAULT_FAILED_SYNC_IS_GOOD", (Kind.STORE_EIO, Kind.POWER_STORE), is_rare=True
+    ),
     SiteFault(
         "destaged is told before the store has answered",
         (Kind.POWER_STORE, Kind.HOLD_STORE),
@@ -177,11 +181,13 @@ FAULTS: tuple[SweepFault | SiteFault, ...] = (
         "nobody asks whether a volume is still ours",
         (Kind.CACHE_OLD, Kind.POWER_CACHE),
         _nobody_asks_whether_it_is_still_ours,
+        is_rare=True,
     ),
     SiteFault(
         "clean is on record before the engine knows",
         (Kind.KILL_CACHE, Kind.CUT_CACHE),
         _clean_on_record_before_the_engine_knows,
+        is_rare=True,
     ),
     SiteFault(
         "a dirty volume opens elsewhere",
