@@ -46,6 +46,7 @@ class SweepFault:
     modes: tuple[str, ...]
     shape: str = "usual"
     to_the_end: bool = False  # only worlds that go on to the end after the cut
+    is_rare: bool = False  # see SiteFault
 
     def search(self) -> str:
         """How it was caught.  NotCaught."""
@@ -151,7 +152,7 @@ FAULTS: tuple[SweepFault | SiteFault, ...] = (
     SweepFault("MP_FAULT_NO_INCARNATION", ("cache-torn",), "small"),
     SweepFault("MP_FAULT_NO_BLOCK_LOCK", ("none",)),
     SweepFault("MP_FAULT_KEEP_STALE_SLOTS", ("cache-crash",), "reread", to_the_end=True),
-    SweepFault("MP_FAULT_STALE_FILL", ("none",), "wrap"),
+    SweepFault("MP_FAULT_STALE_FILL", ("none",), "wrap", is_rare=True),
     SweepFault("MP_FAULT_DROP_TOMBSTONE", ("none",)),
     SweepFault("MP_FAULT_CUT_WITHOUT_LAST", ("none",)),
     SweepFault("MP_FAULT_ACK_BEFORE_DIRTY", ("none",)),

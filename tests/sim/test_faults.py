@@ -14,7 +14,7 @@ import pytest
 from sim.faults import FAULTS, SiteFault, SweepFault
 
 FULL = bool(os.environ.get("MILLPOND_SIM_FULL"))
-SEARCHED = [fault for fault in FAULTS if FULL or isinstance(fault, SweepFault) or not fault.is_rare]
+SEARCHED = [fault for fault in FAULTS if FULL or not fault.is_rare]
 
 
 @pytest.fixture(autouse=True)

@@ -51,6 +51,7 @@ def test_failed_io_of_the_log_is_rescued_and_the_disk_goes_on(op: Op, seed: int)
     assert rescues >= 10
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("op", [Op.SYNC, Op.WRITE])
 def test_power_loss_after_a_failed_io_keeps_every_flushed_write(op: Op, seed: int) -> None:

@@ -27,6 +27,7 @@ def quiet() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("cut", SEEDS)
 def test_cut_after_every_send(cut: str, record_property: Callable[[str, object], None]) -> None:
     """Until a world has no fall: all of its sends had their turn."""

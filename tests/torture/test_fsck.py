@@ -186,6 +186,7 @@ def test_store_is_clean_through_its_life(store: Store) -> None:
     assert first > 1, "no segment has gone yet"
 
 
+@pytest.mark.long
 def test_copies_of_a_store_that_stands_still_in_its_work_are_clean(store: Store) -> None:
     with store.serving():
         assert store.process
@@ -224,6 +225,7 @@ def test_flipped_bits_are_named_with_volume_block_segment_and_offset(filled: Sto
     filled.check_clean()
 
 
+@pytest.mark.long
 def test_truncated_segment_is_named_and_what_it_held(filled: Store) -> None:
     path, offset = find_in_store(filled.directory, VICTIM)
     with path.open("r+b") as file:
@@ -239,6 +241,7 @@ def test_truncated_segment_is_named_and_what_it_held(filled: Store) -> None:
     )
 
 
+@pytest.mark.long
 def test_removed_segment_is_named(filled: Store) -> None:
     path, _ = find_in_store(filled.directory, VICTIM)
     path.unlink()
@@ -289,6 +292,7 @@ def test_scrub_of_a_running_store_finds_a_flipped_bit_and_goes_on(filled: Store)
     filled.check_clean()
 
 
+@pytest.mark.long
 def test_every_extent_of_the_files_is_one_that_the_check_counts(filled: Store) -> None:
     data = sum(
         extent.codec in (lib.MP_CODEC_NONE, lib.MP_CODEC_LZ4)

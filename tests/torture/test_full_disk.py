@@ -10,6 +10,8 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
+
 import nbdclient
 from torture.amounts import seed_for
 from torture.commands import wait_until
@@ -156,6 +158,7 @@ def test_full_store_stalls_its_guest_until_there_is_room_though_killed_and_resta
             check_end(pair, "disk", writer)
 
 
+@pytest.mark.long
 def test_full_store_goes_on_when_another_guest_trims(tmp_path: Path) -> None:
     seed = seed_for("tests/torture/test_full_disk.py", 8)
     with small_disk(tmp_path, 192 * MIB) as disk:
@@ -180,6 +183,7 @@ def test_full_store_goes_on_when_another_guest_trims(tmp_path: Path) -> None:
             assert not any(pair.image("old"))
 
 
+@pytest.mark.long
 def test_store_full_of_what_was_overwritten_empties_itself_though_killed_again_and_again(
     tmp_path: Path,
 ) -> None:

@@ -33,7 +33,7 @@ HERE = "tests/torture/test_mixed.py"
 def test_any_mixture_of_troubles_loses_nothing(
     tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    duration_s = amount("TORTURE_S", usual=30, prove=300)
+    duration_s = amount("TORTURE_S", usual=12, prove=300)
     seed = seed_for(HERE, 20261127)
     print(f"and as long: MILLPOND_TORTURE_S={duration_s}")
     with small_disk(tmp_path, DISK_BYTES) as disk:
