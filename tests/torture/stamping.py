@@ -72,6 +72,20 @@ class Totals:
         )
 
 
+def _difference(expected: bytes, found: bytes) -> str:
+    """Where they part, and whose bytes both are."""
+    parts = [at for at in range(0, len(expected), SECTOR) if not _same(expected, found, at)]
+    at = parts[0]
+    return (
+        f"{len(parts)} sectors are not what was written there, first {at}, last {parts[-1]};"
+        f" expected {told_by(expected[at : at + SECTOR])}, found {told_by(found[at : at + SECTOR])}"
+    )
+
+
+def _same(expected: bytes, found: bytes, at: int) -> bool:
+    return expected[at : at + SECTOR] == found[at : at + SECTOR]
+
+
 def told_by(data: bytes | bytearray) -> str:
     """Who wrote this, and when, as far as it says so."""
     at = data.find(STAMP_MAGIC)
@@ -265,7 +279,7 @@ class Stamper:
             look = self._looks.pop(cookie)
             self.totals.reads += look.expected is not None
             if look.expected is not None and look.expected != reply.data:
-                raise Wrong(f"{reply.request}: not what was written there")
+                raise Wrong(f"{reply.request}: {_difference(look.expected, reply.data)}")
         else:
             self._flushes.remove(cookie)
             self.totals.flushes += 1
