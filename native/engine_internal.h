@@ -87,6 +87,7 @@ struct mutation {
 	uint8_t *buffer;          /* block_count blocks; payload at first_byte % 4096; DATA only */
 	uint64_t buffer_bytes;
 	uint32_t bases_pending;
+	bool dropped;             /* its base is awaited, then it ends; in nobody's way */
 	int error;
 	uint64_t checksums[SLICE_BLOCKS];  /* 0: zero block */
 };
@@ -175,6 +176,7 @@ struct connection {
 	uint64_t cookie;
 	int socket;
 	bool read_only, disconnected, ended, broken, paused, stopping;
+	bool fenced;                  /* not served yet: nbdfence.c */
 	bool structured, allocation;  /* negotiated */
 	uint32_t interest, inflight;
 	uint32_t statuses;            /* BLOCK_STATUS requests in flight */
@@ -494,6 +496,8 @@ void mutation_base_done(struct mutation *mutation, struct read *read);
 void mutation_applied(struct mutation *mutation);
 void mutation_failed(struct mutation *mutation, int error);
 void mutation_free(struct mutation *mutation);
+/* What a dead connection asked for and is in no log record yet will not happen. */
+void mutations_drop(const struct connection *connection);
 void mutations_unhold(struct volume *volume);
 
 /* log.c */

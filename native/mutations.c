@@ -59,9 +59,11 @@ static bool is_blocked(const struct mutation *mutation)
 
 	if (fault(mutation->volume->engine, MP_FAULT_NO_BLOCK_LOCK))
 		return false;
-	for (link = all->next; link != all && link != &mutation->in_volume; link = link->next)
-		if (overlap(mutation, CONTAINER(link, struct mutation, in_volume)))
+	for (link = all->next; link != all && link != &mutation->in_volume; link = link->next) {
+		const struct mutation *earlier = CONTAINER(link, struct mutation, in_volume);
+		if (overlap(mutation, earlier) && !earlier->dropped)
 			return true;
+	}
 	return false;
 }
 
@@ -182,6 +184,17 @@ static bool wake_one(struct volume *volume)
 	return false;
 }
 
+/* Whom it wakes may end here too, when all fail: one loop, not a recursion as deep as the queue. */
+static void wake(struct volume *volume)
+{
+	if (volume->waking)
+		return;
+	volume->waking = true;
+	while (wake_one(volume))
+		;
+	volume->waking = false;
+}
+
 static bool leave(struct mutation *mutation)
 {
 	struct volume *volume = mutation->volume;
@@ -220,14 +233,8 @@ static void finish(struct mutation *mutation)
 		}
 	} else
 		acknowledge(mutation);
-	/* Whom it wakes may end here too, when all fail: one loop, not a recursion as deep as the
-	 * queue. */
-	if (!followed || volume->waking)
-		return;
-	volume->waking = true;
-	while (wake_one(volume))
-		;
-	volume->waking = false;
+	if (followed)
+		wake(volume);
 }
 
 void mutation_applied(struct mutation *mutation)
@@ -242,6 +249,37 @@ void mutation_failed(struct mutation *mutation, int error)
 	if (mutation->request && !mutation->request->error)
 		mutation->request->error = error;
 	finish(mutation);
+}
+
+/* One of them that can be dropped. */
+static struct mutation *droppable(const struct connection *connection)
+{
+	struct link *link, *all = &connection->volume->mutations;
+
+	for (link = all->next; link != all; link = link->next) {
+		struct mutation *mutation = CONTAINER(link, struct mutation, in_volume);
+		if (mutation->request && mutation->request->connection == connection &&
+		    mutation->state < MUTATION_LOGGING && !mutation->dropped)
+			return mutation;
+	}
+	return NULL;
+}
+
+void mutations_drop(const struct connection *connection)
+{
+	struct volume *volume = connection->volume;
+	bool waking = volume->waking;
+	struct mutation *mutation;
+
+	volume->waking = true; /* not before all of them are out of the way */
+	while ((mutation = droppable(connection))) {
+		mutation->dropped = true;
+		mutation->error = EIO;
+		if (mutation->state != MUTATION_BASE)
+			mutation_failed(mutation, EIO);
+	}
+	volume->waking = waking;
+	wake(volume);
 }
 
 void mutations_unhold(struct volume *volume)

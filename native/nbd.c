@@ -16,8 +16,7 @@
 
 #include <endian.h>
 
-enum { BULK_BYTES = RECEIVE_BYTES, RECEIVES_PER_TURN = 16,
-	FENCE_RECEIVES = 64 }; /* turns: a socket's buffer is empty long before */
+enum { BULK_BYTES = RECEIVE_BYTES, RECEIVES_PER_TURN = 16 };
 
 /* ---- receiving ---- */
 
@@ -244,7 +243,7 @@ static void parse(struct connection *connection)
 {
 	bool more = true;
 
-	while (more && !connection->paused)
+	while (more && !connection->paused && !connection->fenced)
 		switch (connection->state) {
 		case RECEIVE_HEADER:
 			more = parse_header(connection);
@@ -321,11 +320,11 @@ static int64_t receive_some(struct connection *connection, uint64_t *asked_bytes
 
 bool connection_may_receive(const struct connection *connection)
 {
-	return !connection->paused && !connection->ended && !connection->broken &&
-	       connection->state != RECEIVE_STOPPED;
+	return !connection->paused && !connection->fenced && !connection->ended &&
+	       !connection->broken && connection->state != RECEIVE_STOPPED;
 }
 
-static void receive_all(struct connection *connection)
+void connection_receive(struct connection *connection)
 {
 	int i;
 
@@ -365,10 +364,18 @@ void connections_ready(void *owner, void *context, uint32_t ready)
 		return;
 	}
 	if (ready & MP_SOCKET_READ)
-		receive_all(connection);
+		connection_receive(connection);
 }
 
 /* ---- connections ---- */
+
+void connection_unfence(struct connection *connection)
+{
+	if (!connection->fenced || connection_is_fenced(connection))
+		return;
+	connection->fenced = false;
+	parse(connection);
+}
 
 void connections_resume(struct mp_engine *engine)
 {
@@ -387,45 +394,6 @@ void connections_resume(struct mp_engine *engine)
 		parse(connection);
 		if (!connection->broken)
 			connection_watch(connection, !list_is_empty(&connection->replies));
-	}
-}
-
-/* A client that lost its connection sends its unanswered writes again on a new one, and then newer
- * ones. What it sent on the old one may not come after them, so it is dealt with now: read while
- * there is room for it, else dropped, as it was never answered. It may lie in our own buffer behind
- * a request that waits, where no hang-up is heard of: such a socket is not watched. */
-static void fence(struct connection *old)
-{
-	struct mp_driver *driver = old->engine->driver;
-	uint32_t closed;
-	int i;
-
-	if (old->ended || old->broken)
-		return;
-	closed = driver->closed_by_peer(driver->self, old->socket);
-	if (!closed)
-		return;
-	for (i = 0; !(closed & MP_SOCKET_HANGUP) && i < FENCE_RECEIVES; i++)
-		if (connection_may_receive(old))
-			receive_all(old);
-	if (old->ended)
-		return;
-	old->ended = true;
-	if (closed & MP_SOCKET_HANGUP)
-		connection_break(old);
-	old->state = RECEIVE_STOPPED;
-	old->receive_begin = old->receive_end = 0;
-	connection_abandon_write(old);
-}
-
-static void fence_volume(struct volume *volume)
-{
-	struct link *link, *all = &volume->engine->connections;
-
-	for (link = all->next; link != all; link = link->next) {
-		struct connection *connection = CONTAINER(link, struct connection, in_engine);
-		if (connection->volume == volume)
-			fence(connection);
 	}
 }
 
@@ -464,8 +432,10 @@ int connection_open(struct mp_engine *engine, struct volume *volume, const struc
 	volume->connections++;
 	memcpy(connection->receive, command->bytes, command->length_bytes);
 	connection->receive_end = (uint32_t)command->length_bytes;
-	connection->interest = MP_SOCKET_READ;
-	engine->driver->watch(engine->driver->self, connection->socket, MP_SOCKET_READ, connection);
+	connection->fenced = connection_is_fenced(connection);
+	connection->interest = connection->fenced ? 0 : MP_SOCKET_READ;
+	engine->driver->watch(engine->driver->self, connection->socket, connection->interest,
+			      connection);
 	parse(connection);
 	return 0;
 }

@@ -1,5 +1,5 @@
 /* nbd_internal.h - what the parts of the NBD transmission share: nbd.c (in), nbdrequest.c (what is
- * asked for) and nbdreply.c (out).
+ * asked for), nbdfence.c (what dead connections left) and nbdreply.c (out).
  *
  * Engine thread only.
  */
@@ -34,6 +34,13 @@ struct status {
 void connection_break(struct connection *connection); /* nothing more is read or answered */
 void connection_abandon_write(struct connection *connection);
 bool connection_may_receive(const struct connection *connection);
+void connection_receive(struct connection *connection); /* what is there, and start it */
+void connection_unfence(struct connection *connection); /* if it waits, and need not any more */
+
+/* nbdfence.c */
+void fence_volume(struct volume *volume); /* a new connection comes */
+/* Whether a write that came on a connection which is over is still to happen. */
+bool connection_is_fenced(const struct connection *connection);
 
 /* nbdrequest.c */
 struct request *request_new(struct connection *connection, const uint8_t *header);

@@ -332,6 +332,7 @@ void connections_flush(struct mp_engine *engine)
 	while (link != &engine->connections) {
 		struct connection *connection = CONTAINER(link, struct connection, in_engine);
 		link = link->next;
+		connection_unfence(connection);
 		send_replies(connection);
 		if (may_close(connection))
 			connection_close(connection);

@@ -41,7 +41,10 @@ def faults() -> Outcome:
     code, text = run(["make", "-C", str(ROOT), "faults"], "faults")
     found = re.search(r"^(\d+) of (\d+) caught$", text, re.MULTILINE)
     by_hand = tests(
-        "faults-by-hand", "tests/sim/test_fault_scenarios.py", "tests/store/test_core_faults.py"
+        "faults-by-hand",
+        "tests/sim/test_fault_scenarios.py",
+        "tests/sim/test_reconnect.py",
+        "tests/store/test_core_faults.py",
     )
     figure = f"{found[0] if found else 'no table'}; by hand: {by_hand.figure}"
     enough = found is not None and int(found[1]) >= 24

@@ -60,6 +60,7 @@ class Happenings:
             Kind.CACHE_GONE: self._vanish,
             Kind.CACHE_OLD: self._restore,
             Kind.MOVE: self._move,
+            Kind.KILL_GUEST: self._kill_guest,
         }
 
     async def happen(self, happening: Happening) -> None:
@@ -119,6 +120,10 @@ class Happenings:
         tenant.leave(Loss.NOTHING)
         here = self._site.home[tenant.name]
         self._site.home[tenant.name] = next(h for h in self._site.hosts if h is not here)
+
+    async def _kill_guest(self, host: Machine, dice: random.Random) -> None:
+        """With whatever it has in flight; the next one looks while that may still happen."""
+        dice.choice(self._site.tenants).leave(Loss.NOTHING, again=True)
 
     # -- connections
 

@@ -37,6 +37,7 @@ class Kind(StrEnum):
     CACHE_GONE = "the cache's device vanishes, a new one takes its place"
     CACHE_OLD = "the cache's device is restored from an old copy"
     MOVE = "the guest moves to the other hypervisor"
+    KILL_GUEST = "the guest dies and starts again at once"
 
 
 # After these a request may fail, or be refused; data may be gone where an operator accepts it.
@@ -44,6 +45,7 @@ DAMAGES_CACHE = {Kind.CACHE_EIO, Kind.CACHE_FLIP, Kind.CACHE_MISDIRECT, Kind.CAC
 DAMAGES_CACHE |= {Kind.CACHE_OLD}
 DAMAGES_STORE = {Kind.STORE_FLIP, Kind.STORE_MISDIRECT}
 HARMLESS = [kind for kind in Kind if kind not in DAMAGES_CACHE | DAMAGES_STORE]
+HARMLESS.remove(Kind.KILL_GUEST)  # drawn apart: the seeds of before stay what they were
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,8 @@ def make_plan(seed: int, kinds: Sequence[Kind] = ()) -> Plan:
         known += [kind for kind in sorted(DAMAGES_CACHE) if rng.randrange(4) == 0]
     if rng.randrange(6) == 0:
         known += [kind for kind in sorted(DAMAGES_STORE) if rng.randrange(2)]
+    if random.Random(f"guest {seed}").randrange(4) == 0:
+        known.append(Kind.KILL_GUEST)
     shapes = tuple(rng.choice(sorted(SHAPES)) for _ in range(1 + (rng.randrange(3) == 0)))
     requests = sum(SHAPES[shape].requests for shape in shapes)
     count = rng.randrange(4, 9) if kinds else rng.randrange(1, 7)

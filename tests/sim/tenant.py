@@ -105,8 +105,8 @@ class Tenant:
 
     # -- the connection
 
-    def leave(self, loss: Loss) -> None:
-        """The connection is over."""
+    def leave(self, loss: Loss, *, again: bool = False) -> None:
+        """The connection is over; again: there is another at once."""
         self.loss = max(self.loss, loss)
         if self._socket is not None:
             self._socket.close()
@@ -115,7 +115,8 @@ class Tenant:
         self.guest.pausing = False
         self._pause_until_ns = 0
         self.state = State.AWAY
-        self._again_ns = self._network.now_ns + self._rng.randrange(400_000_000)
+        pause_ns = 0 if again else self._rng.randrange(400_000_000)
+        self._again_ns = self._network.now_ns + pause_ns
 
     def turn(self, address: str, *, may_connect: Callable[[], bool]) -> None:
         """Whatever there is to do."""

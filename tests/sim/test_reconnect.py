@@ -1,13 +1,16 @@
 """A client that comes again: what it left on its old connection may not overtake what is newer."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
+from millpond.native import lib
+from millpond.native.drivers import SimOptions
 from millpond.native.engine import EngineOptions
-from sim.rig import BLOCK, READ, WRITE, Rig
+from sim.rig import BLOCK, READ, REPLY_BYTES, WRITE, Rig
 
 VOLUME = b"volume of a test"
+DISC = 2
 
 
 @pytest.fixture
@@ -76,3 +79,93 @@ def test_other_connections_that_live_are_left_alone(rig: Rig) -> None:
     status = rig.status(VOLUME)
     assert status.synced_sequence == status.last_sequence
     assert status.connections == 3
+
+
+def _stuck_write(rig: Rig, old: int) -> None:
+    """Of block 0 and half of block 1, whose other half the store must give, and does not."""
+    rig.write(old, 0, 7)
+    rig.carrying = False
+    data = b"\1" * (BLOCK + BLOCK // 2)
+    rig.push(old, rig.request(WRITE, 0, len(data), data))
+    for _ in range(10):
+        rig.turn()
+    assert (rig.status(VOLUME).writes, rig.status(VOLUME).last_sequence) == (2, 1)
+
+
+def _come_again(rig: Rig) -> int:
+    """A guest dies with a write that waits; the next one looks, then the store answers."""
+    old = rig.connect(VOLUME)
+    _stuck_write(rig, old)
+    rig.sim.hangup(old)
+    new = rig.connect(VOLUME)
+    assert rig.read(new, 0) == 7, "served, though the store is silent"
+    rig.carrying = True
+    for _ in range(200):
+        rig.turn()
+    return new
+
+
+def test_write_of_a_dead_client_is_not_carried_out_once_the_next_one_has_looked(rig: Rig) -> None:
+    """A guest that starts again reads its journal: it must stay as it was read."""
+    new = _come_again(rig)
+    assert rig.read(new, 0) == 7
+    assert rig.read(new, 1) == 0
+    assert rig.status(VOLUME).last_sequence == 1
+    assert rig.status(VOLUME).connections == 1, "the old one is gone"
+
+
+def test_deliberate_fault_no_fence_is_found_out(
+    record_property: Callable[[str, object], None],
+) -> None:
+    rig = Rig(options=EngineOptions(test_faults=lib.MP_FAULT_NO_FENCE))
+    rig.start()
+    rig.open(VOLUME)
+    new = _come_again(rig)
+    assert rig.read(new, 0) == 1, "the switch does nothing"
+    record_property("figure", "caught: a dead guest's write comes after the next one has looked")
+    rig.close()
+
+
+def test_dropped_write_is_in_nobodys_way(rig: Rig) -> None:
+    old = rig.connect(VOLUME)
+    _stuck_write(rig, old)
+    rig.push(old, rig.request(WRITE, 0, BLOCK, b"\2" * BLOCK))  # waits behind it
+    rig.turn()
+    rig.sim.hangup(old)
+    new = rig.connect(VOLUME)
+    rig.write(new, 0, 3)
+    assert rig.read(new, 0) == 3
+    rig.carrying = True
+    for _ in range(200):
+        rig.turn()
+    assert (rig.read(new, 0), rig.read(new, 1)) == (3, 0)
+
+
+def test_client_that_said_goodbye_has_what_it_asked_for_done_before_the_next_is_served(
+    rig: Rig,
+) -> None:
+    """DISC means: no more.  Not: forget it."""
+    old = rig.connect(VOLUME)
+    _stuck_write(rig, old)
+    rig.push(old, rig.request(DISC, 0, 0))
+    rig.turn()
+    new = rig.connect(VOLUME)
+    rig.ask(new, READ, 0, BLOCK)
+    for _ in range(20):
+        rig.turn()
+    assert rig.status(VOLUME).reads == 0, "it waits"
+    rig.carrying = True
+    assert rig.answers(new, REPLY_BYTES + BLOCK)[REPLY_BYTES:] == b"\1" * BLOCK
+
+
+def test_write_on_its_way_to_the_device_is_seen_by_the_next_client(rig: Rig) -> None:
+    old = rig.connect(VOLUME)
+    rig.write(old, 0, 7)
+    rig.sim.set(SimOptions(latency_ns=50_000_000))
+    rig.push(old, rig.request(WRITE, 0, BLOCK, b"\1" * BLOCK))
+    rig.turn()
+    assert rig.status(VOLUME).writes == 2
+    rig.sim.hangup(old)
+    new = rig.connect(VOLUME)
+    rig.ask(new, READ, 0, BLOCK)
+    assert rig.answers(new, REPLY_BYTES + BLOCK)[REPLY_BYTES:] == b"\1" * BLOCK

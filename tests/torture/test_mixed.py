@@ -61,7 +61,7 @@ def torment(pair: Pair, trouble: Trouble, folder: Path, seed: int, duration_s: i
             who=who,
             share_bytes=share,
             depth=DEPTH,
-            replies_per_death=20_000,
+            replies_per_death=1_000,
         )
         for who in range(GUESTS)
     ]
