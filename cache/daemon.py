@@ -10,14 +10,17 @@ does not stop in time: the process ends without the clean checkpoint, as after a
 
 import asyncio
 import logging
+import socket
 from collections.abc import Awaitable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from millpond.cache import limits
 from millpond.cache.chance import Chance
 from millpond.cache.device import open_engine
-from millpond.cache.errors import CacheError, escaped
+from millpond.cache.errors import CacheError, StoreAway, escaped
 from millpond.cache.events import EngineEvents
+from millpond.cache.handover import Kept
 from millpond.cache.links import Identity
 from millpond.cache.replicas import StoreNode
 from millpond.cache.scrub import Scrub, check_rate
@@ -27,14 +30,16 @@ from millpond.cache.shaping import Admission, RateLimits
 from millpond.cache.stores import Found, Stores
 from millpond.cache.tasks import Backoff, Tasks
 from millpond.cache.volumes import Volume
-from millpond.cache.world import World
+from millpond.cache.world import Client, World
 from millpond.native.engine import (
     ConnectionClosed,
+    ConnectionLeft,
     DirtyReady,
     Engine,
     EngineFailed,
     EngineOptions,
     LinkBroken,
+    NativeError,
     NeedDirty,
     VolumeFailed,
 )
@@ -87,7 +92,8 @@ class CacheDaemon:
         self.exports = CacheExports(
             self.stores, self._volume_for, self._opened, self.tasks, read_only=config.read_only
         )
-        self._connections: dict[int, Volume] = {}
+        self._connections: dict[int, Client] = {}
+        self._kept: list[Kept] = []
         self._notify_fd: int | None = None
         self._world = World(
             engine=engine,
@@ -155,6 +161,47 @@ class CacheDaemon:
         return len(self._connections)
 
     # -- stop
+
+    async def give_back(self) -> list[Kept]:
+        """Before stop(): the connections that another process can go on with; their descriptors
+        are the caller's.  What waits for too long is not among them, and ends with the stop."""
+        self.exports.closing = True
+        for cookie in list(self._connections):
+            with suppress(NativeError):  # no memory: it ends with the others
+                self.engine.leave(cookie)
+        await self._wait_for(self._disconnected(), limits.GIVE_BACK_S)
+        kept, self._kept = self._kept, []
+        return kept
+
+    async def adopt(self, kept: Kept) -> bool:
+        """Go on with a connection of the process before.  False: it was closed, the log says why.
+
+        While the store is away the guest waits, as it does for a cache that runs.
+        """
+        sock = socket.socket(fileno=kept.fd)
+        backoff = Backoff()
+        try:
+            while True:
+                try:
+                    volume = self._volume_for(await self.stores.find_id(kept.volume))
+                    await volume.attach()
+                    break
+                except StoreAway:
+                    await backoff.wait()
+            try:
+                volume.connect(sock, kept.received, kept.agreed, kept.tag)
+            finally:
+                volume.detach()
+            return True
+        except (CacheError, NativeError) as error:
+            log.warning(
+                "connection not taken up volume=%s reason=%s",
+                self._label_of(kept.volume),
+                escaped(str(error)),
+            )
+            return False
+        finally:
+            sock.close()  # detached, when the engine has it
 
     async def stop(self) -> bool:
         """Stop serving, give back what is drained, close the device.  False: not cleanly."""
@@ -226,8 +273,8 @@ class CacheDaemon:
                 return volume
         return self._volume_for(await self.exports.look_up(name))
 
-    def _connected(self, cookie: int, volume: Volume) -> None:
-        self._connections[cookie] = volume
+    def _connected(self, cookie: int, client: Client) -> None:
+        self._connections[cookie] = client
 
     async def _give_back_leftovers(self, node: StoreNode) -> None:
         """Volumes that a crash left open at a store, without anything of ours to ship."""
@@ -270,6 +317,7 @@ class CacheDaemon:
             ),
         )
         self.events.on(ConnectionClosed, self._on_connection_closed)
+        self.events.on(ConnectionLeft, self._on_connection_left)
         self.events.on(LinkBroken, self._on_link_broken)
         self.events.on(EngineFailed, lambda event: self._fail(f"engine: {event.message}"))
 
@@ -277,9 +325,18 @@ class CacheDaemon:
         self.nodes[event.cookie >> 32].fetch.broken(event)
 
     def _on_connection_closed(self, event: ConnectionClosed) -> None:
-        volume = self._connections.pop(event.cookie, None)
-        if volume is not None:
-            volume.connection_closed(event.cookie)
+        client = self._connections.pop(event.cookie, None)
+        if client is not None:
+            client.volume.connection_closed(event.cookie)
+        self._connection_gone.set()
+
+    def _on_connection_left(self, event: ConnectionLeft) -> None:
+        fd, received = self.engine.take_left(event.cookie, event.bytes_count)
+        client = self._connections.pop(event.cookie)
+        client.volume.connection_closed(event.cookie)
+        self._kept.append(
+            Kept(fd, client.volume.id, client.agreed, received=received, tag=client.tag)
+        )
         self._connection_gone.set()
 
     def _fail(self, reason: str) -> None:

@@ -42,10 +42,13 @@ class OpenExport(Protocol):
 
     export: Export
 
-    def handover(self, sock: socket.socket, received: bytes, agreed: Agreed) -> None:
+    def handover(
+        self, sock: socket.socket, received: bytes, agreed: Agreed, *, tag: str = ""
+    ) -> None:
         """Give the connected socket to the engine, with bytes already read from it.
 
-        The engine owns the descriptor from here: it is detached from sock, on errors too.
+        The engine owns the descriptor from here: it is detached from sock, on errors too.  tag: of
+        the caller, told again when the connection goes on in another process.
         """
 
     async def release(self) -> None:

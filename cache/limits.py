@@ -59,6 +59,7 @@ VOLUMES_MAX = 4096
 DIRTY_IDLE_S = 5.0  # drained for so long: "dirty" is taken off the record
 RELEASE_IDLE_S = 1.0  # no connection for so long: given back to the store
 STOP_CONNECTIONS_S = 10.0
+GIVE_BACK_S = 5.0  # until what a guest has in flight is answered; else it connects again
 STOP_RELEASE_S = 5.0
 STOP_ENGINE_S = 60.0
 

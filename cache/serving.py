@@ -120,12 +120,14 @@ class CacheOpenExport:
         self.export = export
         self._volume: Volume | None = volume
 
-    def handover(self, sock: socket.socket, received: bytes, agreed: Agreed) -> None:
+    def handover(
+        self, sock: socket.socket, received: bytes, agreed: Agreed, *, tag: str = ""
+    ) -> None:
         """Give the socket to the engine."""
         volume, self._volume = self._volume, None
         assert volume is not None, "handed over or released before"
         try:
-            volume.connect(sock, received, agreed)
+            volume.connect(sock, received, agreed, tag)
         except (NativeError, VolumeRefused) as error:
             log.warning("connection refused volume=%s reason=%s", volume.label, escaped(str(error)))
         finally:

@@ -44,7 +44,7 @@ from millpond.cache.settings import VolumeSettings
 from millpond.cache.shaping import Admission, Shaper
 from millpond.cache.stores import Found
 from millpond.cache.tasks import Backoff
-from millpond.cache.world import World
+from millpond.cache.world import Client, World
 from millpond.native.engine import Closed, DirtyClear, NativeError, Position
 
 log = logging.getLogger("millpond.cache")
@@ -164,7 +164,7 @@ class Volume:
         assert self._users >= 0
         self._arm_idle()
 
-    def connect(self, sock: socket.socket, received: bytes, agreed: Agreed) -> None:
+    def connect(self, sock: socket.socket, received: bytes, agreed: Agreed, tag: str = "") -> None:
         """Hand the client's socket to the engine, which owns it from here."""
         if self.state is not State.OPEN:
             sock.close()
@@ -172,7 +172,7 @@ class Volume:
         descriptor = sock.detach()
         cookie = self._world.events.new_cookie()
         self.connections.add(cookie)
-        self._world.connected(cookie, self)
+        self._world.connected(cookie, Client(self, agreed, tag))
         try:
             self._world.engine.connect(
                 self.id,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from millpond.cache.chance import Chance
 from millpond.cache.events import EngineEvents
+from millpond.cache.exports import Agreed
 from millpond.cache.settings import VolumeSettings
 from millpond.cache.shaping import Admission, RateLimits
 from millpond.cache.stores import Stores
@@ -17,6 +18,15 @@ from millpond.native.engine import Engine
 
 if TYPE_CHECKING:
     from millpond.cache.volumes import Volume
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """A guest's connection, as whoever connected it wants it remembered."""
+
+    volume: "Volume"
+    agreed: Agreed
+    tag: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +41,7 @@ class World:
     volume_rates: RateLimits  # where a volume's settings have none
     settings_of: Callable[[str], VolumeSettings]
     read_only: bool
-    connected: Callable[[int, "Volume"], None]
+    connected: Callable[[int, "Client"], None]
     stores: Stores
 
     @property

@@ -84,6 +84,8 @@ struct mp_driver {
 	uint32_t (*closed_by_peer)(void *self, int socket);
 	/* unwatches; no ready call for it after this */
 	void (*close_socket)(void *self, int socket);
+	/* it is the caller's: watched no more, and not closed */
+	void (*release_socket)(void *self, int socket);
 	/* set by the core before watch */
 	void (*on_ready)(void *owner, void *context, uint32_t ready);
 	void *owner;                                     /* passed to on_ready */

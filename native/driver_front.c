@@ -72,6 +72,13 @@ static uint32_t front_closed_by_peer(void *self, int socket)
 	return inner->closed_by_peer(inner->self, socket);
 }
 
+static void front_release_socket(void *self, int socket)
+{
+	struct mp_driver *inner = ((struct front *)self)->inner;
+
+	inner->release_socket(inner->self, socket);
+}
+
 static void front_close_socket(void *self, int socket)
 {
 	struct mp_driver *inner = ((struct front *)self)->inner;
@@ -124,6 +131,7 @@ void front_init(struct front *front, struct mp_driver *inner)
 		.watch = front_watch,
 		.closed_by_peer = front_closed_by_peer,
 		.close_socket = front_close_socket,
+		.release_socket = front_release_socket,
 		.wait = front_wait,
 		.wake = front_wake,
 		.notify = front_notify,

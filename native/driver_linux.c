@@ -204,7 +204,7 @@ static uint32_t linux_closed_by_peer(void *self, int socket)
 	return MP_SOCKET_READ | (asked.revents & (POLLHUP | POLLERR) ? MP_SOCKET_HANGUP : 0U);
 }
 
-static void linux_close_socket(void *self, int socket)
+static void linux_release_socket(void *self, int socket)
 {
 	struct mp_linux *linux_driver = self;
 
@@ -213,6 +213,11 @@ static void linux_close_socket(void *self, int socket)
 		linux_watch(self, socket, 0, NULL);
 		linux_driver->watches[socket].used = false;
 	}
+}
+
+static void linux_close_socket(void *self, int socket)
+{
+	linux_release_socket(self, socket);
 	close(socket);
 }
 
@@ -445,6 +450,7 @@ static const struct mp_driver LINUX_TABLE = {
 	.watch = linux_watch,
 	.closed_by_peer = linux_closed_by_peer,
 	.close_socket = linux_close_socket,
+	.release_socket = linux_release_socket,
 	.wait = linux_wait,
 	.wake = mp_linux_wake,
 	.notify = linux_notify,

@@ -342,6 +342,7 @@ struct mp_driver *mp_sim_driver(struct mp_sim *sim)
 		.watch = mp_sim_watch,
 		.closed_by_peer = mp_sim_closed_by_peer,
 		.close_socket = mp_sim_close_socket,
+		.release_socket = mp_sim_release_socket,
 		.wait = sim_wait,
 		.wake = sim_wake,
 		.notify = sim_notify,

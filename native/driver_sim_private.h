@@ -143,6 +143,7 @@ int64_t mp_sim_send(void *self, int socket, const struct iovec *iov, int count);
 int mp_sim_watch(void *self, int socket, uint32_t interest, void *context);
 uint32_t mp_sim_closed_by_peer(void *self, int socket);
 void mp_sim_close_socket(void *self, int socket);
+void mp_sim_release_socket(void *self, int socket);
 int64_t mp_sim_sockets_run(struct mp_sim *sim);       /* on_ready of all that are */
 void mp_sim_sockets_kill(struct mp_sim *sim);         /* the core's process is gone */
 void mp_sim_sockets_free(struct mp_sim *sim);

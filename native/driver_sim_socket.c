@@ -128,6 +128,11 @@ uint32_t mp_sim_closed_by_peer(void *self, int socket)
 	return find_open(self, socket)->hung_up ? MP_SOCKET_READ | MP_SOCKET_HANGUP : 0;
 }
 
+void mp_sim_release_socket(void *self, int socket)
+{
+	find_open(self, socket)->interest = 0;
+}
+
 void mp_sim_close_socket(void *self, int socket)
 {
 	struct mp_sim_socket *closing = find_open(self, socket);

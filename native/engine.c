@@ -409,6 +409,7 @@ void mp_engine_free(struct mp_engine *engine)
 	fetch_links_free(engine);
 	/* After a simulated crash, work is still in flight. */
 	connections_free(engine);
+	left_free(engine);
 	for (i = 0; i < engine->volume_count; i++)
 		volume_free(engine->volumes[i]);
 	scrub_free(engine);

@@ -147,6 +147,13 @@ int mp_engine_connect(struct mp_engine *engine, const uint8_t *id, int socket, u
 		      const void *bytes, uint64_t length_bytes, uint64_t cookie);
 /* Stop a connection: nothing more is parsed, accepted mutations finish, then it is closed. */
 int mp_engine_disconnect(struct mp_engine *engine, uint64_t cookie);
+/* Give a connection back between two requests, for another process to go on with:
+ * MP_EVENT_CONNECTION_LEFT with cookie and the bytes that were read behind the last request, once
+ * all before is answered; then take_left, after which the socket is the caller's. Returns the
+ * bytes copied to out, or -ENOENT, or -EMSGSIZE. */
+int mp_engine_leave(struct mp_engine *engine, uint64_t cookie);
+int64_t mp_engine_take_left(struct mp_engine *engine, uint64_t cookie, int *socket, void *out,
+			    uint64_t capacity_bytes);
 /* The stores have (1) durably recorded that this cache may hold acknowledged data, or are about to
  * clear that (0). After every open, until 1, mutations are logged but not acknowledged, and
  * MP_EVENT_NEED_DIRTY asks once. 0 is refused with MP_EVENT_DIRTY_CLEAR status -EBUSY while records
@@ -182,7 +189,7 @@ void mp_engine_fetch_bytes(struct mp_engine *engine, uint32_t store, uint64_t *s
 enum mp_event_type { MP_EVENT_OPENED = 1, MP_EVENT_CLOSED, MP_EVENT_CONNECTION_CLOSED,
 	MP_EVENT_NEED_DIRTY, MP_EVENT_DIRTY_CLEAR, MP_EVENT_BATCH, MP_EVENT_DIRTY_READY,
 	MP_EVENT_VOLUME_FAILED, MP_EVENT_ENGINE_FAILED, MP_EVENT_STOPPED, MP_EVENT_LINK_BROKEN,
-	MP_EVENT_POSITION, MP_EVENT_SCRUB_FOUND, MP_EVENT_SCRUB_PASS };
+	MP_EVENT_POSITION, MP_EVENT_SCRUB_FOUND, MP_EVENT_SCRUB_PASS, MP_EVENT_CONNECTION_LEFT };
 /* MP_EVENT_SCRUB_FOUND: damage on the device, of this volume, found in the background; message says
  * which block and what became of it. MP_EVENT_SCRUB_PASS: everything has been verified once. */
 /* MP_EVENT_POSITION: first_sequence is destaged, last_sequence acknowledged or about to be. */

@@ -133,6 +133,10 @@ class ConnectionClosed(Event):
     """The connection `cookie` is gone; status 1: after NBD_CMD_DISC."""
 
 
+class ConnectionLeft(Event):
+    """The connection `cookie` waits to be taken (take_left); bytes_count: what was read of it."""
+
+
 class NeedDirty(Event):
     """Mutations wait for "dirty at this cache" to be on record at the stores."""
 
@@ -193,6 +197,7 @@ _EVENTS: dict[int, type[Event]] = {
     lib.MP_EVENT_POSITION: Position,
     lib.MP_EVENT_SCRUB_FOUND: ScrubFound,
     lib.MP_EVENT_SCRUB_PASS: ScrubPass,
+    lib.MP_EVENT_CONNECTION_LEFT: ConnectionLeft,
 }
 
 
@@ -412,6 +417,17 @@ class Engine:
     def disconnect(self, cookie: int) -> None:
         """Stop a connection; ConnectionClosed follows."""
         _check(lib.mp_engine_disconnect(self._engine, cookie), "disconnect")
+
+    def leave(self, cookie: int) -> None:
+        """Give a connection back between two requests; ConnectionLeft or ConnectionClosed."""
+        _check(lib.mp_engine_leave(self._engine, cookie), "giving back a connection")
+
+    def take_left(self, cookie: int, bytes_count: int) -> tuple[int, bytes]:
+        """After ConnectionLeft: the socket, now the caller's, and what was read of it."""
+        out, fd = ffi.new("uint8_t[]", max(bytes_count, 1)), ffi.new("int *")
+        length = lib.mp_engine_take_left(self._engine, cookie, fd, out, bytes_count)
+        _check(length, "taking a connection")
+        return int(fd[0]), bytes(ffi.buffer(out, length))
 
     def dirty_recorded(self, volume: bytes, recorded: bool) -> None:
         """Recorded at the stores (True), or about to be cleared (False: DirtyClear follows)."""

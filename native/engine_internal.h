@@ -65,6 +65,7 @@ struct volume;
 struct connection;
 struct request;
 struct read;
+struct left;
 
 /* What log records put into memory without taking as much log (ledger.c). */
 struct needs { uint64_t zeros, ranges; };
@@ -177,6 +178,7 @@ struct connection {
 	int socket;
 	bool read_only, disconnected, ended, broken, paused, stopping;
 	bool fenced;                  /* not served yet: nbdfence.c */
+	bool leaving;                 /* nbdleave.c */
 	bool structured, allocation;  /* negotiated */
 	uint32_t interest, inflight;
 	uint32_t statuses;            /* BLOCK_STATUS requests in flight */
@@ -407,6 +409,7 @@ struct mp_engine {
 	pthread_mutex_t mutex;
 	struct command *commands, **commands_tail;
 	struct event_node *events, **events_tail;
+	struct left *left;            /* connections given back and not yet taken */
 	uint64_t event_count;
 	struct mp_engine_volume *published;
 	uint32_t published_count;
@@ -463,6 +466,8 @@ int connection_open(struct mp_engine *engine, struct volume *volume, const struc
 void connections_ready(void *owner, void *context, uint32_t ready);
 void connections_resume(struct mp_engine *engine);  /* buffers came back: parse on */
 void connection_stop(struct connection *connection);
+void connection_leave(struct connection *connection); /* nbdleave.c */
+void left_free(struct mp_engine *engine);
 void connections_free(struct mp_engine *engine);
 
 /* nbdreply.c */

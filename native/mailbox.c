@@ -10,7 +10,7 @@
 
 enum { COMMAND_OPEN, COMMAND_CLOSE, COMMAND_CONNECT, COMMAND_DISCONNECT, COMMAND_DIRTY, COMMAND_CUT,
 	COMMAND_DESTAGED, COMMAND_FETCH_OPEN, COMMAND_FETCH_CLOSE, COMMAND_GROW,
-	COMMAND_POSITION, COMMAND_CONFIGURE, COMMAND_STOP };
+	COMMAND_POSITION, COMMAND_CONFIGURE, COMMAND_LEAVE, COMMAND_STOP };
 
 static void reply(struct mp_engine *engine, const struct command *command, uint32_t type,
 		  int status)
@@ -37,16 +37,19 @@ static void do_connect(struct mp_engine *engine, const struct command *command)
 	reply(engine, command, MP_EVENT_CONNECTION_CLOSED, -ENOTCONN);
 }
 
-static void do_disconnect(struct mp_engine *engine, const struct command *command)
+static void do_end(struct mp_engine *engine, const struct command *command)
 {
 	struct link *link = engine->connections.next;
 
 	for (; link != &engine->connections; link = link->next) {
 		struct connection *connection = CONTAINER(link, struct connection, in_engine);
-		if (connection->cookie == command->cookie) {
+		if (connection->cookie != command->cookie)
+			continue;
+		if (command->kind == COMMAND_LEAVE)
+			connection_leave(connection);
+		else
 			connection_stop(connection);
-			return;
-		}
+		return;
 	}
 }
 
@@ -133,7 +136,8 @@ static void execute(struct mp_engine *engine, const struct command *command)
 		do_connect(engine, command);
 		break;
 	case COMMAND_DISCONNECT:
-		do_disconnect(engine, command);
+	case COMMAND_LEAVE:
+		do_end(engine, command);
 		break;
 	case COMMAND_DIRTY:
 		do_dirty(engine, command);
@@ -306,14 +310,24 @@ int mp_engine_connect(struct mp_engine *engine, const uint8_t *id, int socket, u
 	return post(engine, command);
 }
 
-int mp_engine_disconnect(struct mp_engine *engine, uint64_t cookie)
+static int end_connection(struct mp_engine *engine, int kind, uint64_t cookie)
 {
-	struct command *command = command_new(COMMAND_DISCONNECT, NULL, NULL, 0);
+	struct command *command = command_new(kind, NULL, NULL, 0);
 
 	if (!command)
 		return -ENOMEM;
 	command->cookie = cookie;
 	return post(engine, command);
+}
+
+int mp_engine_disconnect(struct mp_engine *engine, uint64_t cookie)
+{
+	return end_connection(engine, COMMAND_DISCONNECT, cookie);
+}
+
+int mp_engine_leave(struct mp_engine *engine, uint64_t cookie)
+{
+	return end_connection(engine, COMMAND_LEAVE, cookie);
 }
 
 int mp_engine_dirty_recorded(struct mp_engine *engine, const uint8_t *id, int recorded)

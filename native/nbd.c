@@ -143,7 +143,8 @@ static bool parse_header(struct connection *connection)
 	uint32_t magic, length;
 	struct request *request;
 
-	if (connection->receive_end - connection->receive_begin < REQUEST_BYTES)
+	if (connection->leaving ||
+	    connection->receive_end - connection->receive_begin < REQUEST_BYTES)
 		return false;
 	memcpy(&magic, header, 4);
 	memcpy(&command, header + 6, 2);
@@ -320,8 +321,11 @@ static int64_t receive_some(struct connection *connection, uint64_t *asked_bytes
 
 bool connection_may_receive(const struct connection *connection)
 {
+	bool at_request = connection->state == RECEIVE_HEADER;
+
 	return !connection->paused && !connection->fenced && !connection->ended &&
-	       !connection->broken && connection->state != RECEIVE_STOPPED;
+	       !connection->broken && connection->state != RECEIVE_STOPPED &&
+	       !(connection->leaving && at_request);
 }
 
 void connection_receive(struct connection *connection)

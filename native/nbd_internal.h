@@ -1,5 +1,6 @@
 /* nbd_internal.h - what the parts of the NBD transmission share: nbd.c (in), nbdrequest.c (what is
- * asked for), nbdfence.c (what dead connections left) and nbdreply.c (out).
+ * asked for), nbdfence.c (what dead connections left), nbdleave.c (what goes on elsewhere) and
+ * nbdreply.c (out).
  *
  * Engine thread only.
  */
@@ -41,6 +42,12 @@ void connection_unfence(struct connection *connection); /* if it waits, and need
 void fence_volume(struct volume *volume); /* a new connection comes */
 /* Whether a write that came on a connection which is over is still to happen. */
 bool connection_is_fenced(const struct connection *connection);
+
+/* nbdleave.c */
+struct left { struct left *next; uint64_t cookie; int socket; uint32_t length_bytes;
+	uint8_t bytes[]; };
+bool connection_may_leave(const struct connection *connection);
+bool connection_left(struct connection *connection); /* false: no memory, it stays */
 
 /* nbdrequest.c */
 struct request *request_new(struct connection *connection, const uint8_t *header);

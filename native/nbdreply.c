@@ -305,14 +305,11 @@ static bool may_close(const struct connection *connection)
 	return no_more && connection->inflight == 0;
 }
 
-static void connection_close(struct connection *connection)
+static void connection_free(struct connection *connection)
 {
 	struct mp_engine *engine = connection->engine;
 
 	assert(!connection->writing && !connection->slice);
-	engine->driver->close_socket(engine->driver->self, connection->socket);
-	engine_volume_event(connection->volume, MP_EVENT_CONNECTION_CLOSED,
-			    connection->disconnected ? 1 : 0, connection->cookie);
 	connection->volume->connections--;
 	/* A guest went away: a good time to save what its reads brought in, while that is cheap. */
 	engine->checkpoint.wanted |=
@@ -323,6 +320,16 @@ static void connection_close(struct connection *connection)
 	list_remove(&connection->in_engine);
 	free(connection->receive);
 	free(connection);
+}
+
+static void connection_close(struct connection *connection)
+{
+	struct mp_engine *engine = connection->engine;
+
+	engine->driver->close_socket(engine->driver->self, connection->socket);
+	engine_volume_event(connection->volume, MP_EVENT_CONNECTION_CLOSED,
+			    connection->disconnected ? 1 : 0, connection->cookie);
+	connection_free(connection);
 }
 
 void connections_flush(struct mp_engine *engine)
@@ -336,6 +343,8 @@ void connections_flush(struct mp_engine *engine)
 		send_replies(connection);
 		if (may_close(connection))
 			connection_close(connection);
+		else if (connection_may_leave(connection) && connection_left(connection))
+			connection_free(connection);
 	}
 }
 

@@ -23,6 +23,7 @@ from millpond.cache.chance import Chance
 from millpond.cache.daemon import CacheConfig, CacheDaemon
 from millpond.cache.device import format_cache
 from millpond.cache.exports import Agreed
+from millpond.cache.handover import Kept
 from millpond.cache.shaping import RateLimits
 from millpond.cache.volumes import Volume
 from millpond.native import ffi, lib
@@ -112,6 +113,11 @@ class Cache:
         guest = Guest(ours, opened.export.size_bytes)
         self._guests.append(guest)
         return guest
+
+    async def give_back(self) -> list[Kept]:
+        """As before a planned restart: its guests stay with their sockets."""
+        self._guests.clear()
+        return await self.daemon.give_back()
 
     async def stop(self) -> None:
         for guest in self._guests:

@@ -109,7 +109,9 @@ class MemoryOpenExport:
         self.export = disk.export
         self._disk = disk
 
-    def handover(self, sock: socket.socket, received: bytes, agreed: Agreed) -> None:
+    def handover(
+        self, sock: socket.socket, received: bytes, agreed: Agreed, *, tag: str = ""
+    ) -> None:
         """Start the transmission thread; it owns the descriptor."""
         self._disk.serve(sock.detach(), received)
 
