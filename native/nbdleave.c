@@ -1,10 +1,10 @@
 /* nbdleave.c - a connection that goes on in another process: given back between two requests.
  *
  * Happy path: mp_engine_leave -> no further request is begun, a WRITE whose payload is on its way
- * is received to its end, everything is answered -> MP_EVENT_CONNECTION_LEFT -> mp_engine_take_left
- * gives the socket and what was read from it behind the last request. The client notices a pause.
- * Failure modes: the client goes away meanwhile: MP_EVENT_CONNECTION_CLOSED as ever. A request waits
- * for a store that is away: the caller's patience ends, and mp_engine_disconnect ends the
+ * is received to its end, everything is answered -> MP_EVENT_CONNECTION_LEFT -> take_left gives the
+ * socket and what was read from it behind the last request. The client notices a pause.
+ * Failure modes: the client goes away meanwhile: MP_EVENT_CONNECTION_CLOSED as ever. A request
+ * waits for a store that is away: the caller's patience ends, and mp_engine_disconnect ends the
  * connection; nothing was acknowledged that is not there.
  */
 #include "nbd_internal.h"
