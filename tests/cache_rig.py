@@ -252,19 +252,24 @@ class World:
         finally:
             await client.close()
 
-    async def take_over(self) -> None:
+    async def take_over(self, *, and_close: bool = False) -> None:
         """Another cache opens the volume, accepting the loss."""
         record = await self.record()
         client = await self.client()
+        other = Chance().new_id().hex()
         await client.call(
             "volume.open",
             id=record["id"],
-            cache_id=Chance().new_id().hex(),
+            cache_id=other,
             lineage=Chance().new_lineage(),
             first_sequence=None,
             expected_epoch=record["epoch"],
             accept_loss=True,
         )
+        if and_close:
+            await client.call(
+                "volume.close", id=record["id"], epoch=record["epoch"] + 1, cache_id=other
+            )
         await client.close()
 
 

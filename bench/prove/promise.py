@@ -45,6 +45,7 @@ def faults() -> Outcome:
         "tests/sim/test_fault_scenarios.py",
         "tests/sim/test_reconnect.py",
         "tests/store/test_core_faults.py",
+        "tests/cache/test_volumes.py",
     )
     figure = f"{found[0] if found else 'no table'}; by hand: {by_hand.figure}"
     enough = found is not None and int(found[1]) >= 24

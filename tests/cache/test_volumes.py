@@ -1,13 +1,14 @@
 """A volume at real caches and a real store: epochs, dirty on record, giving back, take-over."""
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cache_rig import MIB, SIZE_BYTES, VOLUME, World, frame_type, rig, run, until
-from millpond.cache import limits
+from millpond.cache import limits, volumes
 from millpond.cache.exports import ExportError
 from millpond.cache.shaping import RateLimits
 from millpond.cache.status import status_of, volumes_of
@@ -17,6 +18,7 @@ from nbdclient import ConnectionLost
 
 BLOCK = bytes(range(256)) * 16
 SLOW = RateLimits(limits.RATE_MIN_BYTES_PER_S, limits.RATE_MIN_BYTES_PER_S)
+NEWER = bytes([9]) * MIB
 NOISE = bytes(hash((number, 1)) & 0xFF for number in range(MIB))
 
 
@@ -205,6 +207,28 @@ def test_a_cache_that_was_taken_over_keeps_its_dirty_records_and_ships_nothing(
             third = await world.cache("a")
             await until(lambda: third.volume.state is State.FAILED, "and again")
             assert third.dirty_bytes() > 0 and third.id == stopped.id
+
+    run(scenario())
+
+
+@pytest.mark.expects_warnings
+def test_deliberate_fault_nobody_asks_whether_it_is_ours_is_found_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None]
+) -> None:
+    """Without the check a cache that was left behind shows its old writes over newer ones."""
+    monkeypatch.setattr(volumes, "check_still_ours", lambda record, known, cache_id: None)
+
+    async def scenario() -> None:
+        async with rig(tmp_path) as world:
+            await dirty_cache(world, "a")
+            await world.take_over(and_close=True)
+            other = await world.cache("b")
+            guest = await other.guest()
+            await guest.write(0, NEWER)
+            await world.stop(other)
+            again = await world.cache("a")
+            assert await (await again.guest()).read(0, len(NEWER)) != NEWER, "nothing happens"
+            record_property("figure", "caught: old writes show over newer ones")
 
     run(scenario())
 

@@ -127,10 +127,6 @@ def _slots_are_always_trusted() -> AbstractContextManager[object]:
     return patch.object(volumes, "slots_are_valid", lambda record, known, cache_id: True)
 
 
-def _nobody_asks_whether_it_is_still_ours() -> AbstractContextManager[object]:
-    return patch.object(volumes, "check_still_ours", lambda record, known, cache_id: None)
-
-
 def _clean_on_record_before_the_engine_knows() -> AbstractContextManager[object]:
     async def clear(self: volumes.Volume) -> bool:
         self.dirty_recorded = False
@@ -177,12 +173,6 @@ FAULTS: tuple[SweepFault | SiteFault, ...] = (
         "slots are trusted whoever wrote since",
         (Kind.MOVE, Kind.CUT_CACHE),
         _slots_are_always_trusted,
-    ),
-    SiteFault(
-        "nobody asks whether a volume is still ours",
-        (Kind.CACHE_OLD, Kind.POWER_CACHE),
-        _nobody_asks_whether_it_is_still_ours,
-        is_rare=True,
     ),
     SiteFault(
         "clean is on record before the engine knows",
