@@ -20,7 +20,8 @@ BUILD_PACKAGES := gcc libc6-dev liblz4-dev libxxhash-dev
 # Only the system's own Python needs these; another python3 brings its headers and venv.
 PYTHON_PACKAGES := python3-dev python3-venv
 DEMO_PACKAGES := qemu-system-x86 e2fsprogs busybox-static
-TEST_PACKAGES := fio libnbd-bin python3-libnbd nbdkit nbd-client qemu-utils
+TEST_PACKAGES := fio libnbd-bin python3-libnbd nbdkit nbd-client qemu-utils systemd \
+	libvirt-clients libxml2-utils
 # libFuzzer and the sanitizers of clang; gcc brings its own.
 FUZZ_PACKAGES := clang libclang-rt-dev
 BENCH_PACKAGES := fio nbdkit qemu-utils
@@ -114,6 +115,13 @@ DESTDIR :=
 LIBRARY = $(DESTDIR)$(PREFIX)/lib/millpond
 COMMAND = $(DESTDIR)$(PREFIX)/bin/millpond
 SETTINGS = $(DESTDIR)$(SYSCONFDIR)/millpond
+HOOKS = $(DESTDIR)$(SYSCONFDIR)/libvirt/hooks/qemu.d
+UNITS = $(DESTDIR)$(PREFIX)/lib/systemd/system
+SYSUSERS = $(DESTDIR)$(PREFIX)/lib/sysusers.d
+UNIT_FILES := $(wildcard cli/system/*.service cli/system/*.socket)
+# What people may edit: only made where there is none, only removed where it is as we made it.
+EDITABLE = $(SETTINGS)/cache.toml $(SETTINGS)/store.toml $(SETTINGS)/tab $(HOOKS)/50-millpond
+for_here = sed 's|@COMMAND@|$(PREFIX)/bin/millpond|'
 MARK = $(LIBRARY)/installed-by-make
 not_ours = [[ ! -e $(LIBRARY) || -e $(MARK) ]] || $(call give_up,$@: $(LIBRARY) is not ours)
 
@@ -121,28 +129,38 @@ install: $(RUN)/build.packages
 	@[[ -n "$(PYTHON)" ]] || $(python_missing)
 	$(not_ours)
 	[[ ! -e $(COMMAND) || -L $(COMMAND) ]] || $(call give_up,$@: $(COMMAND) is not ours)
-	mkdir -p $(LIBRARY) $(dir $(COMMAND)) $(SETTINGS)
+	mkdir -p $(LIBRARY) $(dir $(COMMAND)) $(SETTINGS) $(HOOKS) $(UNITS) $(SYSUSERS)
 	touch $(MARK)
 	"$(PYTHON)" -m venv $(LIBRARY)
 	echo "make install: installing into $(LIBRARY)"
 	$(LIBRARY)/bin/pip install -q --disable-pip-version-check --upgrade .
 	for kind in cache store; do
 		$(LIBRARY)/bin/millpond config sample $$kind > $(LIBRARY)/$$kind.toml
-		[[ -e $(SETTINGS)/$$kind.toml ]] || cp $(LIBRARY)/$$kind.toml $(SETTINGS)
 	done
+	cp cli/system/tab $(LIBRARY)
+	$(for_here) cli/system/50-millpond > $(LIBRARY)/50-millpond
+	chmod 755 $(LIBRARY)/50-millpond
+	for file in $(EDITABLE); do
+		[[ -e $$file ]] || cp $(LIBRARY)/$${file##*/} $$file
+	done
+	for unit in $(UNIT_FILES); do $(for_here) $$unit > $(UNITS)/$${unit##*/}; done
+	cp cli/system/millpond.sysusers $(SYSUSERS)/millpond.conf
 	if [[ -n "$(DESTDIR)" ]]; then sed -i '1s|^#!$(DESTDIR)|#!|' $(LIBRARY)/bin/millpond; fi
 	ln -sfn ../lib/millpond/bin/millpond $(COMMAND)
-	echo "make install: $(COMMAND), $(SETTINGS)"
+	echo "make install: $(COMMAND), $(SETTINGS), $(UNITS)"
 
 # What install made, and nothing else: no data, no configuration file that was edited.
 uninstall:
 	@$(not_ours)
-	for kind in cache store; do
-		file=$(SETTINGS)/$$kind.toml
-		if cmp -s $(LIBRARY)/$$kind.toml $$file; then rm $$file; fi
+	for file in $(EDITABLE); do
+		if cmp -s $(LIBRARY)/$${file##*/} $$file; then rm $$file; fi
 		if [[ -e $$file ]]; then echo "make uninstall: $$file was edited and stays"; fi
 	done
 	rmdir $(SETTINGS) 2> /dev/null || true
+	rmdir $(HOOKS) 2> /dev/null || true
+	if [[ -e $(MARK) ]]; then
+		rm -f $(addprefix $(UNITS)/,$(notdir $(UNIT_FILES))) $(SYSUSERS)/millpond.conf
+	fi
 	[[ "$$(readlink $(COMMAND))" != ../lib/millpond/bin/millpond ]] || rm $(COMMAND)
 	rm -rf $(LIBRARY)
 

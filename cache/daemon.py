@@ -41,6 +41,7 @@ from millpond.native.engine import (
     LinkBroken,
     NativeError,
     NeedDirty,
+    Position,
     VolumeFailed,
 )
 
@@ -159,6 +160,17 @@ class CacheDaemon:
     def connection_count(self) -> int:
         """Connections that the engine holds."""
         return len(self._connections)
+
+    async def alive(self) -> None:
+        """Returns when the engine thread has answered a question: neither it nor we are stuck.
+
+        While stopping, which has limits of its own, it is not asked.
+        """
+        if self.exports.closing:
+            return
+        # A volume that nobody has: the answer, "unknown", costs nothing and changes nothing.
+        nobody, cookie = bytes(16), self.events.new_cookie()
+        await self.events.ask(Position, cookie, lambda: self.engine.position(nobody, cookie=cookie))
 
     # -- stop
 

@@ -1,6 +1,7 @@
 """`millpond cache`: format a cache device, and serve the volumes of stores from it."""
 
 import os
+import socket
 from typing import Annotated
 
 import typer
@@ -29,6 +30,7 @@ from millpond.cli.foreground import (
     raise_descriptor_limit,
     serve_cache,
 )
+from millpond.cli.notify import Notifier, take_descriptors, take_listener
 from millpond.cli.output import parse_size, print_json
 from millpond.cli.run import USAGE, CommandError, run
 from millpond.cli.status import cache_list, cache_status
@@ -171,12 +173,29 @@ async def _serve(
     control_socket: Socket | None,
 ) -> None:
     signals = StopSignals()
+    nbd_listener = take_listener(take_descriptors(), "nbd")
+    if nbd_listener is not None:
+        _check_place(nbd_listener, nbd_socket)
     daemon = await CacheDaemon.start(device, config)
     await serve_cache(
         daemon,
         nbd_socket=nbd_socket,
+        nbd_listener=nbd_listener,
         nbd_tcp=nbd_tcp,
         control_socket=control_socket,
         signals=signals,
         ready_lines=[nbd_uri(nbd_socket.path)],
+        notifier=Notifier.of_environment(),
     )
+
+
+def _check_place(listener: socket.socket, configured: Socket) -> None:
+    """A socket unit and a file that name different places: guests would wait at the wrong one."""
+    bound = listener.getsockname()
+    if bound != configured.path:
+        listener.close()
+        raise CommandError(
+            f"the socket unit listens at {bound!a}, the configuration says {configured.path!a};"
+            " make ListenStream= of millpond-cache.socket and `socket` of [nbd] the same",
+            exit_code=USAGE,
+        )

@@ -9,6 +9,7 @@ import logging
 import os
 import resource
 import signal
+import socket
 import sys
 from collections.abc import Awaitable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from millpond.cache.errors import (
 )
 from millpond.cache.shaping import RateLimits
 from millpond.cache.status import handlers_of
+from millpond.cli.notify import Notifier, watched
 from millpond.cli.output import parse_size
 from millpond.cli.run import BUSY, FAILED, NOT_FOUND, UNREACHABLE, USAGE, CommandError
 from millpond.native.needs import kernel_problem
@@ -168,31 +170,45 @@ async def serve_cache(
     daemon: CacheDaemon,
     *,
     nbd_socket: Socket,
+    nbd_listener: socket.socket | None = None,
     nbd_tcp: Tcp | None = None,
     control_socket: Socket | None,
     signals: StopSignals,
     ready_lines: Sequence[str],
     also: Sequence[Awaitable[object]] = (),
+    notifier: Notifier | None = None,
 ) -> None:
-    """Serve guests and the control socket until asked to stop, or until something has failed."""
+    """Serve guests and the control socket until asked to stop, or until something has failed.
+
+    nbd_listener: nbd_socket as somebody else has bound it, who keeps it when we are gone.
+    """
+    notifier = notifier or Notifier(None)
     nbd = NbdServer(daemon.exports, engine_connections=lambda: daemon.connection_count)
     control = ControlServer(handlers_of(daemon, signals.ask), daemon.tasks)
-    try:
-        if control_socket is not None:
-            await control.listen(
-                control_socket.path, mode=control_socket.mode, group=control_socket.group
-            )
-        await nbd.serve_unix(nbd_socket.path, mode=nbd_socket.mode, group=nbd_socket.group)
-        if nbd_tcp is not None:
-            bound = await nbd.serve_tcp(nbd_tcp.address, insecure_listen=nbd_tcp.insecure_listen)
-            ready_lines = [*ready_lines, f"nbd://{str(bound).removeprefix('tcp:')}/"]
-        for line in ready_lines:
-            print(line, flush=True)
-        await first_of(signals.wait(), _failed(daemon), *also)
-    finally:
-        await nbd.close()
-        await control.close()
-        clean = await daemon.stop()
+    async with watched(notifier, daemon.alive):
+        try:
+            if control_socket is not None:
+                await control.listen(
+                    control_socket.path, mode=control_socket.mode, group=control_socket.group
+                )
+            if nbd_listener is not None:
+                nbd.serve_socket(nbd_listener)
+            else:
+                await nbd.serve_unix(nbd_socket.path, mode=nbd_socket.mode, group=nbd_socket.group)
+            if nbd_tcp is not None:
+                bound = await nbd.serve_tcp(
+                    nbd_tcp.address, insecure_listen=nbd_tcp.insecure_listen
+                )
+                ready_lines = [*ready_lines, f"nbd://{str(bound).removeprefix('tcp:')}/"]
+            for line in ready_lines:
+                print(line, flush=True)
+            notifier.ready(f"serving guests at {nbd_socket.path}")
+            await first_of(signals.wait(), _failed(daemon), *also)
+        finally:
+            notifier.stopping()
+            await nbd.close()
+            await control.close()
+            clean = await daemon.stop()
     if not clean:
         raise CommandError("the cache did not stop cleanly; it will recover at the next start")
 

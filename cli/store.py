@@ -12,6 +12,7 @@ import typer
 from millpond.cli.configfile import load
 from millpond.cli.configtypes import STORE_FILE, StoreFile, StoreTable
 from millpond.cli.foreground import check_machine, raise_descriptor_limit
+from millpond.cli.notify import Notifier, watched
 from millpond.cli.output import format_size, parse_size, print_fields, print_json
 from millpond.cli.run import FAILED, OK, run
 from millpond.cli.volume import DirOption, JsonOption, StoreOption, call_store
@@ -192,4 +193,10 @@ async def _serve(table: StoreTable, *, format_when_empty: bool) -> None:
         loop.add_signal_handler(number, daemon.request_stop)
     addresses = " ".join(str(address) for address in daemon.addresses)
     print(f"serving {table.directory} at {addresses}", flush=True)
-    await daemon.serve()
+    notifier = Notifier.of_environment()
+    notifier.ready(f"serving {table.directory} at {addresses}")
+    # Our loop has the watchdog's whole attention: the core's reactor has no question to answer.
+    async with watched(notifier, lambda: asyncio.sleep(0)):
+        await daemon.stop_requested()
+        notifier.stopping()
+        await daemon.serve()

@@ -137,6 +137,10 @@ class StoreDaemon:
                 await self.server.listen(address, mode=unix_mode, group=unix_group)
             )
 
+    async def stop_requested(self) -> None:
+        """Until request_stop() or a failure; serve() then closes at once."""
+        await self._stop.wait()
+
     async def serve(self) -> None:
         """Serve until request_stop() or a failure, then close. Raises the failure."""
         try:

@@ -53,6 +53,17 @@ def test_install_and_uninstall_leave_nothing(tmp_path: Path, python: Path) -> No
     assert (root / "usr/bin/millpond").resolve() == root / "usr/lib/millpond/bin/millpond"
     assert (root / "etc/millpond/cache.toml").read_text() == "# sample of cache\n"
     assert (root / "etc/millpond/store.toml").read_text() == "# sample of store\n"
+    units = root / "usr/lib/systemd/system"
+    assert {path.name for path in units.iterdir()} == {
+        *("millpond-store.service", "millpond-cache.service", "millpond-cache.socket"),
+        "millpond-map.service",
+    }
+    cache = (units / "millpond-cache.service").read_text()
+    assert "ExecStart=/usr/bin/millpond cache serve\n" in cache
+    assert (root / "usr/lib/sysusers.d/millpond.conf").exists()
+    hook = root / "etc/libvirt/hooks/qemu.d/50-millpond"
+    assert os.access(hook, os.X_OK) and 'exec /usr/bin/millpond hook "$@"\n' in hook.read_text()
+    assert "# web1 " in (root / "etc/millpond/tab").read_text()
     assert make("install", root, python).returncode == 0, "again, as an upgrade does"
     assert make("uninstall", root, python).returncode == 0
     assert tree(root) == set()
@@ -67,11 +78,15 @@ def test_settings_that_were_edited_and_data_stay(tmp_path: Path, python: Path) -
     assert make("install", root, python).returncode == 0
     assert (root / "etc/millpond/cache.toml").read_text() == "mine\n"
     (root / "etc/millpond/store.toml").write_text("edited\n")
+    (root / "etc/millpond/tab").write_text("web1 -\n")
+    (root / "usr/lib/systemd/system/of-others.service").touch()
     removed = make("uninstall", root, python)
-    assert removed.stdout.count("was edited and stays") == 2
+    assert removed.stdout.count("was edited and stays") == 3
     assert tree(root) == {
         "etc/millpond/cache.toml",
         "etc/millpond/store.toml",
+        "etc/millpond/tab",
+        "usr/lib/systemd/system/of-others.service",
         "var/lib/millpond/cache",
     }
 

@@ -1,0 +1,249 @@
+"""`millpond map` and `unmap`: the volumes of /etc/millpond/tab, attached and detached.
+
+Rules: both can be repeated; what is as it should be is left as it is.  `unmap --all` leaves alone
+what the tab does not name.  Each volume has its own time and its own line when it fails; the others
+go on.  What may pass (no cache at the socket yet, a store that is away) is tried again until the
+volume's time is over; what will not pass by waiting fails at once.
+
+Failure modes: one line per volume; exit code of them all, or 1 when they differ.  `nofail` of the
+tab: the line comes, the exit code does not.
+"""
+
+import asyncio
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Final
+
+import typer
+
+from millpond.cache.control import call
+from millpond.cache.errors import CacheAway, CacheError, StoreAway, VolumeBusy
+from millpond.cli.foreground import expected_errors
+from millpond.cli.output import note, parse_duration_s, print_json, print_table
+from millpond.cli.run import (
+    BUSY,
+    FAILED,
+    NOT_FOUND,
+    OK,
+    USAGE,
+    CommandError,
+    complain,
+    exit_code_of,
+    message_of,
+    run,
+)
+from millpond.cli.tab import TAB_FILE, Entry, load
+
+CONTROL_SOCKET: Final = "/run/millpond/control.sock"
+ANSWER_S: Final = 30.0  # opening a volume at a store, at most
+RETRY_S: Final = 0.5
+AT_A_TIME: Final = 8  # a control socket has 32 connections, others ask it too
+UNMAP_TIMEOUT_S: Final = 15.0
+
+NamesArgument = Annotated[
+    list[str] | None, typer.Argument(help="of volumes", metavar="[NAME]...", show_default=False)
+]
+TabOption = Annotated[str, typer.Option("--tab", help="instead of the usual", metavar="FILE")]
+HostControlOption = Annotated[
+    str,
+    typer.Option(
+        "--control", envvar="MILLPOND_CONTROL", help="control socket of the cache", metavar="SOCKET"
+    ),
+]
+TimeoutOption = Annotated[
+    str | None, typer.Option("--timeout", help="for each, instead of what the tab says, like 30s")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="JSON instead of a table")]
+
+
+def register(parent: typer.Typer) -> None:
+    """Add the commands."""
+    parent.command("map")(map_volumes)
+    parent.command("unmap")(unmap_volumes)
+
+
+def map_volumes(
+    names: NamesArgument = None,
+    everything: Annotated[bool, typer.Option("--all", help="all but noauto")] = False,
+    tab: TabOption = TAB_FILE,
+    control: HostControlOption = CONTROL_SOCKET,
+    timeout: TimeoutOption = None,
+    json: JsonOption = False,
+) -> int:
+    """Attach volumes of /etc/millpond/tab as block devices."""
+    entries = load(tab)
+    if names:
+        _no_all(everything)
+        entries = [_named(entries, name, tab) for name in dict.fromkeys(names)]
+    elif everything:
+        entries = [entry for entry in entries if not entry.noauto]
+    else:
+        raise CommandError("give NAME, or --all", exit_code=USAGE)
+    limit_s = parse_duration_s(timeout) if timeout is not None else None
+    with expected_errors():
+        done = run(_each(entries, lambda entry: attach(control, entry), AWAY, limit_s))
+    return _report(done, json=json)
+
+
+def unmap_volumes(
+    names: NamesArgument = None,
+    everything: Annotated[bool, typer.Option("--all", help="that the tab names")] = False,
+    tab: TabOption = TAB_FILE,
+    control: HostControlOption = CONTROL_SOCKET,
+    timeout: TimeoutOption = None,
+    json: JsonOption = False,
+) -> int:
+    """Detach volumes: those named, also when the tab has them not, or all of the tab."""
+    if names:
+        _no_all(everything)
+        entries = [Entry(name) for name in dict.fromkeys(names)]
+    elif everything:
+        entries = load(tab)
+    else:
+        raise CommandError("give NAME, or --all", exit_code=USAGE)
+    limit_s = parse_duration_s(timeout) if timeout is not None else UNMAP_TIMEOUT_S
+    with expected_errors():
+        done = run(_each(entries, lambda entry: detach(control, entry), IN_USE, limit_s))
+    return _report(done, json=json)
+
+
+async def attach(control: str, entry: Entry) -> dict[str, Any]:
+    """One attempt; {volume, device, link}.  CacheError, or CommandError when it is there, but not
+    as the tab wants it."""
+    found = await attached(control, entry.volume)
+    if found is None:
+        arguments: dict[str, Any] = {"volume": entry.volume, "read_only": entry.read_only}
+        if entry.device is not None:
+            arguments["device"] = entry.device
+        try:
+            made = await call(control, "attach", timeout_s=ANSWER_S, **arguments)
+            return {"volume": entry.volume, "device": made["device"], "link": made["link"]}
+        except CacheError:
+            # Somebody else was faster, or the answer to an attempt before this one was lost.
+            found = await attached(control, entry.volume)
+            if found is None:
+                raise
+    if entry.device not in (None, found["device"]):
+        raise _otherwise(entry, f"as {found['device']}, the tab says {entry.device}")
+    # The other way round is no contradiction: all of a cache may be read-only.
+    if entry.read_only and not found.get("read_only"):
+        raise _otherwise(entry, f"as {found['device']} for writing, the tab says read-only")
+    return {"volume": entry.volume, "device": found["device"], "link": found["link"]}
+
+
+async def detach(control: str, entry: Entry) -> dict[str, Any]:
+    """One attempt; what is not attached is done."""
+    if await attached(control, entry.volume) is not None:
+        await call(control, "detach", timeout_s=ANSWER_S, volume=entry.volume)
+    return {"volume": entry.volume, "device": None, "link": None}
+
+
+async def attached(control: str, volume: str) -> dict[str, Any] | None:
+    """The device of a volume, as the cache has it; None when it has none."""
+    devices: list[dict[str, Any]] = (await call(control, "devices"))["devices"]
+    return next((device for device in devices if device["volume"] == volume), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """How it went with one volume: its row, or why not."""
+
+    entry: Entry
+    row: dict[str, Any] | None
+    error: Exception | None = None
+
+
+Attempt = Callable[[Entry], Awaitable[dict[str, Any]]]
+
+
+Passing = tuple[type[CacheError], ...]
+AWAY: Final[Passing] = (CacheAway, StoreAway)
+# After umount, udev looks at a device once more.
+IN_USE: Final[Passing] = (CacheAway, StoreAway, VolumeBusy)
+
+
+async def _each(
+    entries: Sequence[Entry], attempt: Attempt, passing: Passing, limit_s: float | None
+) -> list[Done]:
+    """All of them, side by side: one whose store is away holds up no other."""
+    turns = asyncio.Semaphore(AT_A_TIME)
+    times = (entry.timeout_s if limit_s is None else limit_s for entry in entries)
+    return await asyncio.gather(
+        *(
+            _one(entry, attempt, passing, time_s, turns)
+            for entry, time_s in zip(entries, times, strict=True)
+        )
+    )
+
+
+async def _one(
+    entry: Entry, attempt: Attempt, passing: Passing, limit_s: float, turns: asyncio.Semaphore
+) -> Done:
+    loop = asyncio.get_running_loop()
+    deadline_s = loop.time() + limit_s
+    while True:
+        try:
+            async with turns:
+                return Done(entry, await attempt(entry))
+        except passing as error:
+            if loop.time() + RETRY_S > deadline_s:
+                return Done(entry, None, error)
+        except (CacheError, CommandError) as error:
+            return Done(entry, None, error)
+        await asyncio.sleep(RETRY_S)
+
+
+def _report(done: Sequence[Done], *, json: bool) -> int:
+    """Rows of what is as it should be, lines of what is not, and the exit code."""
+    rows = [each.row for each in done if each.row is not None]
+    if json:
+        print_json(rows)
+    elif mapped := [row for row in rows if row["device"] is not None]:
+        keys = ("volume", "device", "link")
+        print_table(keys, [tuple(str(row[key]) for key in keys) for row in mapped])
+    sys.stdout.flush()
+    codes = [_complain(each.entry, each.error) for each in done if each.error is not None]
+    failed = {code for code in codes if code != OK}
+    return failed.pop() if len(failed) == 1 else FAILED if failed else OK
+
+
+def _complain(entry: Entry, error: Exception) -> int:
+    """The one line; OK when the tab says that this is no failure."""
+    named = message_of(error)
+    if entry.volume not in named:
+        named = f"volume {entry.volume!r}: {named}"
+    if entry.nofail:
+        note(f"{named} (nofail)")
+        return OK
+    return complain(CommandError(named, exit_code=_code_of(error)))
+
+
+def _code_of(error: Exception) -> int:
+    try:
+        with expected_errors():
+            raise error
+    except CommandError as known:
+        return exit_code_of(known)
+
+
+def _named(entries: Sequence[Entry], name: str, tab: str) -> Entry:
+    for entry in entries:
+        if entry.volume == name:
+            return entry
+    raise CommandError(
+        f"volume {name!r} is not in {tab}; add it there, or use `millpond attach`",
+        exit_code=NOT_FOUND,
+    )
+
+
+def _no_all(everything: bool) -> None:
+    if everything:
+        raise CommandError("give NAME or --all, not both", exit_code=USAGE)
+
+
+def _otherwise(entry: Entry, what: str) -> CommandError:
+    return CommandError(
+        f"volume {entry.volume!r} is attached {what}; `millpond unmap` it first",
+        exit_code=BUSY,
+    )

@@ -1,0 +1,115 @@
+"""A control socket with the operations of kernel devices, played: no kernel, no cache.
+
+with PlayedCache(path) as cache:
+    cache.volumes = {"web1"}; cache.refuse["web2"] = "E_UNREACHABLE"
+    ... millpond map --control PATH ...
+    assert cache.devices == {"web1": ...}; assert cache.asked == [...]
+"""
+
+import json
+import socketserver
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+
+class PlayedCache:
+    """Serves "devices", "attach", "detach" and "volumes" from a thread."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.volumes: set[str] = set()
+        self.devices: dict[str, dict[str, Any]] = {}  # volume -> what "devices" says of it
+        self.refuse: dict[str, tuple[str, int]] = {}  # volume -> code, and how often
+        self.asked: list[dict[str, Any]] = []
+        self.after_attach: Callable[[], None] = lambda: None  # before the answer
+        played = self
+
+        class Connection(socketserver.StreamRequestHandler):
+            """One asker."""
+
+            def handle(self) -> None:
+                for line in self.rfile:
+                    try:
+                        answer = {"ok": True, **played.answer(json.loads(line))}
+                    except LookupError as error:
+                        code, message = error.args
+                        answer = {"ok": False, "code": code, "message": message}
+                    self.wfile.write(json.dumps(answer).encode() + b"\n")
+
+        class Server(socketserver.ThreadingUnixStreamServer):
+            """All askers."""
+
+            daemon_threads = True
+
+            def handle_error(self, request: Any, client_address: Any) -> None:
+                """An asker that left early."""
+
+        self._lock = threading.Lock()
+        self._server = Server(str(path), Connection)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=[0.05])
+
+    def __enter__(self) -> "PlayedCache":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+        self.path.unlink()
+
+    def ops(self, op: str) -> list[str]:
+        """The volumes that were asked for with this operation, in order."""
+        return [request["volume"] for request in self.asked if request["op"] == op]
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """LookupError(code, message) refuses."""
+        with self._lock:
+            self.asked.append(request)
+            if request["op"] == "devices":
+                return {"devices": list(self.devices.values())}
+            if request["op"] == "volumes":
+                named = [{"name": name, "id": 32 * name[-1]} for name in sorted(self.volumes)]
+                return {"volumes": named, "engine": {}}
+            done = self._attach if request["op"] == "attach" else self._detach
+            answer = done(request)
+        self.after_attach()
+        return answer
+
+    def _attach(self, request: dict[str, Any]) -> dict[str, Any]:
+        volume = request["volume"]
+        if volume in self.refuse:
+            code, times = self.refuse[volume]
+            if times > 1:
+                self.refuse[volume] = (code, times - 1)
+            else:
+                del self.refuse[volume]
+            raise LookupError(code, f"volume {volume!r} cannot be attached")
+        if volume not in self.volumes:
+            raise LookupError("E_NOT_FOUND", f"no volume {volume!r}")
+        if volume in self.devices:
+            raise LookupError("E_EXISTS", f"volume {volume!r} is attached already")
+        device = request.get("device") or f"/dev/nbd{len(self.devices)}"
+        self.devices[volume] = {
+            "device": device,
+            "volume": volume,
+            "link": f"/dev/millpond/{volume}",
+            "read_only": request.get("read_only", False),
+        }
+        return {"device": device, "link": f"/dev/millpond/{volume}"}
+
+    def _detach(self, request: dict[str, Any]) -> dict[str, Any]:
+        if request["volume"] not in self.devices:
+            raise LookupError("E_NOT_FOUND", f"volume {request['volume']!r} is not attached")
+        if request["volume"] in self.refuse:
+            raise LookupError("E_BUSY", f"volume {request['volume']!r} is mounted")
+        del self.devices[request["volume"]]
+        return {}
