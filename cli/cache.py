@@ -30,6 +30,7 @@ from millpond.cli.foreground import (
     raise_descriptor_limit,
     serve_cache,
 )
+from millpond.cli.guests import take_guests
 from millpond.cli.notify import Notifier, take_descriptors, take_listener
 from millpond.cli.output import parse_size, print_json
 from millpond.cli.run import USAGE, CommandError, run
@@ -173,7 +174,8 @@ async def _serve(
     control_socket: Socket | None,
 ) -> None:
     signals = StopSignals()
-    nbd_listener = take_listener(take_descriptors(), "nbd")
+    notifier, descriptors = Notifier.of_environment(), take_descriptors()
+    nbd_listener = take_listener(descriptors, "nbd")
     if nbd_listener is not None:
         _check_place(nbd_listener, nbd_socket)
     daemon = await CacheDaemon.start(device, config)
@@ -185,7 +187,8 @@ async def _serve(
         control_socket=control_socket,
         signals=signals,
         ready_lines=[nbd_uri(nbd_socket.path)],
-        notifier=Notifier.of_environment(),
+        notifier=notifier,
+        guests=take_guests(notifier, descriptors, daemon.engine.cache_id),
     )
 
 

@@ -29,8 +29,10 @@ from millpond.cache.errors import (
     VolumeFenced,
     VolumeUnknown,
 )
+from millpond.cache.handover import Kept
 from millpond.cache.shaping import RateLimits
 from millpond.cache.status import handlers_of
+from millpond.cli.guests import keep_guests
 from millpond.cli.notify import Notifier, watched
 from millpond.cli.output import parse_size
 from millpond.cli.run import BUSY, FAILED, NOT_FOUND, UNREACHABLE, USAGE, CommandError
@@ -177,15 +179,20 @@ async def serve_cache(
     ready_lines: Sequence[str],
     also: Sequence[Awaitable[object]] = (),
     notifier: Notifier | None = None,
+    guests: Sequence[Kept] = (),
 ) -> None:
     """Serve guests and the control socket until asked to stop, or until something has failed.
 
     nbd_listener: nbd_socket as somebody else has bound it, who keeps it when we are gone.
+    guests: connections of the process before.
     """
     notifier = notifier or Notifier(None)
     nbd = NbdServer(daemon.exports, engine_connections=lambda: daemon.connection_count)
     control = ControlServer(handlers_of(daemon, signals.ask), daemon.tasks)
     async with watched(notifier, daemon.alive):
+        for guest in guests:
+            daemon.tasks.spawn(daemon.adopt(guest), f"adopt-{guest.fd}")
+        kept: Sequence[Kept] = ()
         try:
             if control_socket is not None:
                 await control.listen(
@@ -208,7 +215,10 @@ async def serve_cache(
             notifier.stopping()
             await nbd.close()
             await control.close()
+            if notifier.is_there:
+                kept = await daemon.give_back()
             clean = await daemon.stop()
+            keep_guests(notifier, daemon.engine.cache_id, kept)
     if not clean:
         raise CommandError("the cache did not stop cleanly; it will recover at the next start")
 

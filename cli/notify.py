@@ -16,6 +16,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import select
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping, Sequence
 from typing import Final
@@ -24,6 +25,7 @@ from millpond.store.errors import one_line
 
 FIRST_DESCRIPTOR: Final = 3  # SD_LISTEN_FDS_START
 DESCRIPTORS_MAX: Final = 4096  # more than FileDescriptorStoreMax= of our units
+BARRIER_TIMEOUT_S: Final = 5.0  # it answers between two things it does
 SEND_TIMEOUT_S: Final = 2.0  # the manager reads at once, or it is in trouble itself
 PINGS_PER_INTERVAL: Final = 3  # one may be late, and one may be lost
 
@@ -71,9 +73,26 @@ class Notifier:
         """The manager closes what it holds under this name."""
         self._send(f"FDSTOREREMOVE=1\nFDNAME={name}")
 
-    def _send(self, text: str, descriptors: Sequence[int] = ()) -> None:
+    @property
+    def is_there(self) -> bool:
+        """There is a manager."""
+        return self._address is not None
+
+    def settled(self) -> bool:
+        """Wait until the manager has done all that it was told before; False: it does not say."""
+        reading, writing = os.pipe2(os.O_CLOEXEC)
+        try:
+            said = self._send("BARRIER=1", [writing])
+        finally:
+            os.close(writing)  # its copy is the last one, and it closes that when it gets there
+        try:
+            return said and bool(select.select([reading], [], [], BARRIER_TIMEOUT_S)[0])
+        finally:
+            os.close(reading)
+
+    def _send(self, text: str, descriptors: Sequence[int] = ()) -> bool:
         if self._address is None:
-            return
+            return False
         # A leading @ is how the environment writes the zero byte of an abstract address.
         address = "\0" + self._address[1:] if self._address[0] == "@" else self._address
         try:
@@ -84,10 +103,12 @@ class Notifier:
                     socket.send_fds(sock, [text.encode()], list(descriptors))
                 else:
                     sock.send(text.encode())
+            return True
         except OSError as error:
             if not self._complained:
                 self._complained = True
                 _log.warning("cannot tell the service manager how we are: %s", error)
+            return False
 
 
 @contextlib.asynccontextmanager

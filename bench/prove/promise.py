@@ -44,6 +44,7 @@ def faults() -> Outcome:
         "faults-by-hand",
         "tests/sim/test_fault_scenarios.py",
         "tests/sim/test_reconnect.py",
+        "tests/sim/test_rescue.py",
         "tests/store/test_core_faults.py",
         "tests/cache/test_volumes.py",
     )

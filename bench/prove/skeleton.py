@@ -71,6 +71,8 @@ def faults() -> Outcome:
         "faults",
         "tests/sim/test_faults.py",
         "tests/sim/test_fault_scenarios.py",
+        "tests/sim/test_reconnect.py",
+        "tests/cache/test_volumes.py",
         "tests/store/test_core_faults.py",
     )
 

@@ -111,6 +111,22 @@ def test_descriptors_are_kept_and_forgotten_by_name(manager: Manager) -> None:
         os.close(descriptor)
 
 
+def test_settled_waits_until_the_manager_has_done_what_it_was_told(manager: Manager) -> None:
+    async def scenario() -> None:
+        settled = asyncio.ensure_future(asyncio.to_thread(notifier_of(manager).settled))
+        receive = socket.recv_fds
+        data, descriptors, _, _ = await asyncio.to_thread(receive, manager.socket, 100, 4)
+        assert data == b"BARRIER=1"
+        await asyncio.sleep(0.1)
+        assert not settled.done()
+        for descriptor in descriptors:
+            os.close(descriptor)
+        assert await settled
+
+    asyncio.run(scenario())
+    assert not Notifier(None).settled()
+
+
 @pytest.mark.expects_warnings
 def test_manager_that_is_gone_is_one_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture

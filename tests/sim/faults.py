@@ -155,7 +155,6 @@ FAULTS: tuple[SweepFault | SiteFault, ...] = (
     SiteFault("MP_FAULT_ACK_OUT_OF_ORDER"),
     SiteFault("MP_FAULT_ACK_TRIM_EARLY"),
     SiteFault("MP_FAULT_DIRTY_IS_MISS", (Kind.CACHE_FLIP, Kind.CACHE_MISDIRECT)),
-    SiteFault("MP_FAULT_FAILED_SYNC_IS_GOOD", (Kind.CACHE_EIO, Kind.POWER_CACHE), is_rare=True),
     SweepFault("MP_STORE_FAULT_ACK_BEFORE_SYNC", ("store-power",)),
     SweepFault("MP_STORE_FAULT_SKIP_SYNC", ("store-power",)),
     SweepFault("MP_STORE_FAULT_OLD_EPOCH", ("cache-crash",)),

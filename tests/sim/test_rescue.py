@@ -4,9 +4,14 @@ What a failed sync covered stays in doubt for ever in the simulated disk: a late
 succeeds does not save it, as on real disks.  So these worlds lose power some time after.
 """
 
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
 import pytest
 
+from millpond.native import lib
 from millpond.native.drivers import Op, SimOptions
+from sim.oracle import Illegal
 from sim.rig import BLOCK, FLUSH, REPLY_BYTES, Rig
 from sim.settings import Settings
 from sim.world import World
@@ -51,14 +56,11 @@ def test_failed_io_of_the_log_is_rescued_and_the_disk_goes_on(op: Op, seed: int)
     assert rescues >= 10
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("op", [Op.SYNC, Op.WRITE])
-def test_power_loss_after_a_failed_io_keeps_every_flushed_write(op: Op, seed: int) -> None:
-    rescues = falls = 0
+def power_cuts(op: Op, seed: int, *, engine_faults: int = 0) -> Iterator[Settings]:
+    """Worlds whose power fails some time after an I/O of the log has failed."""
     for number in range(FIRST, FIRST + 30):
         for cut_after in range(2 * number + 3, 2 * number + 63, 7):
-            settings = Settings(
+            yield Settings(
                 seed=seed,
                 depth=1 + number % 6,
                 fail_op=op,
@@ -68,15 +70,38 @@ def test_power_loss_after_a_failed_io_keeps_every_flushed_write(op: Op, seed: in
                 reorder=True,
                 cut="cache",
                 cut_after=cut_after,
+                engine_faults=engine_faults,
             )
-            try:
-                lived = live(settings)
-            except BaseException:
-                print(f"repeat: {settings}")
-                raise
-            rescues += lived[0]
-            falls += lived[1]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("op", [Op.SYNC, Op.WRITE])
+def test_power_loss_after_a_failed_io_keeps_every_flushed_write(op: Op, seed: int) -> None:
+    rescues = falls = 0
+    for settings in power_cuts(op, seed):
+        try:
+            lived = live(settings)
+        except BaseException:
+            print(f"repeat: {settings}")
+            raise
+        rescues += lived[0]
+        falls += lived[1]
     assert rescues >= 50 and falls >= 100
+
+
+def test_deliberate_fault_failed_sync_is_good_is_found_out(
+    record_property: Callable[[str, object], None],
+) -> None:
+    """It is tried again, and succeeds, without what the first one covered."""
+    for settings in power_cuts(Op.SYNC, 1, engine_faults=lib.MP_FAULT_FAILED_SYNC_IS_GOOD):
+        try:
+            live(settings)
+        except Illegal as error:
+            live(replace(settings, engine_faults=0))
+            record_property("figure", f"caught: {error}")
+            return
+    pytest.fail("nobody notices")
 
 
 def place_on_device(rig: Rig, block: bytes) -> int:

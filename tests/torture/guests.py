@@ -34,6 +34,7 @@ class Guest:
         """replies_per_death: how often the guest itself is killed, on average; 0: never."""
         self.stamper = Stamper(chance, who * share_bytes, share_bytes, depth, who=who)
         self.reconnects = 0
+        self._replies = 0
         self._uri, self._export, self._deaths = uri, export, replies_per_death
         self._failure: BaseException | None = None
         self._enough = threading.Event()
@@ -48,6 +49,14 @@ class Guest:
         """Raise what is wrong."""
         if self._failure is not None:
             raise self._failure
+
+    def wait_for_more(self, replies: int) -> None:
+        """Until it has got so many more."""
+        goal, end = self._replies + replies, time.perf_counter() + PATIENCE_S
+        while self._replies < goal:
+            self.check()
+            assert time.perf_counter() < end, "a guest hangs"
+            time.sleep(0.001)
 
     def join(self) -> None:
         """Wait for the end."""
@@ -72,7 +81,7 @@ class Guest:
         """Everything is verified before anything is changed, and at the end."""
         self.stamper.verify()
         while not self._enough.is_set():
-            self.stamper.step()
+            self._replies += self.stamper.step()
             if self._deaths and self.stamper.chance.randrange(self._deaths) == 0:
                 raise ConnectionLost("the guest itself was killed")
         self.stamper.finish()
