@@ -20,6 +20,7 @@ from millpond.cache.chance import Chance
 from millpond.cache.device import open_engine
 from millpond.cache.errors import CacheError, StoreAway, escaped
 from millpond.cache.events import EngineEvents
+from millpond.cache.exports import Owner
 from millpond.cache.handover import Kept
 from millpond.cache.links import Identity
 from millpond.cache.replicas import StoreNode
@@ -201,7 +202,7 @@ class CacheDaemon:
                 except StoreAway:
                     await backoff.wait()
             try:
-                volume.connect(sock, kept.received, kept.agreed, kept.tag)
+                volume.connect(sock, kept.received, kept.agreed, Owner(tag=kept.tag))
             finally:
                 volume.detach()
             return True
@@ -340,6 +341,7 @@ class CacheDaemon:
         client = self._connections.pop(event.cookie, None)
         if client is not None:
             client.volume.connection_closed(event.cookie)
+            client.owner.closed()
         self._connection_gone.set()
 
     def _on_connection_left(self, event: ConnectionLeft) -> None:
@@ -347,7 +349,7 @@ class CacheDaemon:
         client = self._connections.pop(event.cookie)
         client.volume.connection_closed(event.cookie)
         self._kept.append(
-            Kept(fd, client.volume.id, client.agreed, received=received, tag=client.tag)
+            Kept(fd, client.volume.id, client.agreed, received=received, tag=client.owner.tag)
         )
         self._connection_gone.set()
 

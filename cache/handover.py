@@ -42,6 +42,7 @@ class _Entry(msgspec.Struct, frozen=True):
     volume: str
     structured: bool
     allocation: bool
+    read_only: bool
     received: bytes
     tag: str
 
@@ -60,6 +61,7 @@ def encode(cache_id: bytes, named: Mapping[str, Kept]) -> bytes:
             volume=kept.volume.hex(),
             structured=kept.agreed.structured,
             allocation=kept.agreed.allocation,
+            read_only=kept.agreed.read_only,
             received=kept.received,
             tag=kept.tag,
         )
@@ -80,7 +82,11 @@ def decode(data: bytes, cache_id: bytes, descriptors: Mapping[str, int]) -> Sequ
             Kept(
                 fd=descriptors[entry.name],
                 volume=bytes.fromhex(entry.volume),
-                agreed=Agreed(structured=entry.structured, allocation=entry.allocation),
+                agreed=Agreed(
+                    structured=entry.structured,
+                    allocation=entry.allocation,
+                    read_only=entry.read_only,
+                ),
                 received=entry.received,
                 tag=entry.tag,
             )

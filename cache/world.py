@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from millpond.cache.chance import Chance
 from millpond.cache.events import EngineEvents
-from millpond.cache.exports import Agreed
+from millpond.cache.exports import Agreed, Owner
 from millpond.cache.settings import VolumeSettings
 from millpond.cache.shaping import Admission, RateLimits
 from millpond.cache.stores import Stores
@@ -26,7 +26,7 @@ class Client:
 
     volume: "Volume"
     agreed: Agreed
-    tag: str
+    owner: Owner
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from millpond.cli import cache, config, flush, map, status, store, up, version, volume
+from millpond.cli import cache, config, device, flush, map, status, store, up, version, volume
 from millpond.cli.run import FAILED, USAGE, CommandError, complain
 from millpond.store.errors import StoreError
 
@@ -20,6 +20,7 @@ MODULES = (
     volume,
     store,
     cache,
+    device,
     config,
     status,
     flush,

@@ -10,7 +10,7 @@ import threading
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from millpond.cache.exports import Agreed, Export, ExportError
+from millpond.cache.exports import NOBODY, Agreed, Export, ExportError, Owner
 from millpond.nbd import wire
 from millpond.nbd.handshake import transmission_flags
 from millpond.nbd.limits import PAYLOAD_BYTES_MAX
@@ -110,7 +110,7 @@ class MemoryOpenExport:
         self._disk = disk
 
     def handover(
-        self, sock: socket.socket, received: bytes, agreed: Agreed, *, tag: str = ""
+        self, sock: socket.socket, received: bytes, agreed: Agreed, owner: Owner = NOBODY
     ) -> None:
         """Start the transmission thread; it owns the descriptor."""
         self._disk.serve(sock.detach(), received)

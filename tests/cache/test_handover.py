@@ -13,7 +13,11 @@ from nbdclient import ConnectionLost
 
 NOISE = random.Random(3).randbytes(MIB)
 KEPT = Kept(
-    fd=7, volume=b"v" * 16, agreed=Agreed(structured=True), received=b"\0\xff half", tag="nbd3"
+    fd=7,
+    volume=b"v" * 16,
+    agreed=Agreed(structured=True, read_only=True),
+    received=b"\0\xff half",
+    tag="nbd3",
 )
 OURS = b"c" * 16
 
