@@ -11,7 +11,19 @@ from typing import Any
 
 import typer
 
-from millpond.cli import cache, config, flush, map, status, store, up, version, volume
+from millpond.cli import (
+    cache,
+    config,
+    device,
+    flush,
+    hook,
+    map,
+    status,
+    store,
+    up,
+    version,
+    volume,
+)
 from millpond.cli.run import FAILED, USAGE, CommandError, complain
 from millpond.store.errors import StoreError
 
@@ -24,6 +36,8 @@ MODULES = (
     status,
     flush,
     map,
+    device,
+    hook,
     version,
 )
 
