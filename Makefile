@@ -20,8 +20,8 @@ BUILD_PACKAGES := gcc libc6-dev liblz4-dev libxxhash-dev
 # Only the system's own Python needs these; another python3 brings its headers and venv.
 PYTHON_PACKAGES := python3-dev python3-venv
 DEMO_PACKAGES := qemu-system-x86 e2fsprogs busybox-static
-TEST_PACKAGES := fio libnbd-bin python3-libnbd nbdkit nbd-client qemu-utils systemd \
-	libvirt-clients libxml2-utils
+TEST_PACKAGES := fio libnbd-bin python3-libnbd nbdkit nbd-client qemu-utils \
+	qemu-system-common systemd libvirt-clients libxml2-utils
 # libFuzzer and the sanitizers of clang; gcc brings its own.
 FUZZ_PACKAGES := clang libclang-rt-dev
 BENCH_PACKAGES := fio nbdkit qemu-utils
