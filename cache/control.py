@@ -5,13 +5,14 @@
     {"op": "flush", "volume": NAME or id, "now": bool}
                                 -> {"ok": true, "id": ..., "destaged_sequence": ..., "target": ...}
                                    shipping hurries; the asker watches "volumes"
+    {"op": "devices"}, {"op": "attach", "volume": NAME, "device": PATH or "", "read_only": bool},
+    {"op": "detach", "volume": NAME or PATH, "force": bool}: kernel devices, see nbd/devices.py
     {"op": "stop"}              -> {"ok": true}, then the daemon stops
     anything else               -> {"ok": false, "code": "E_INVALID", "message": one line}
 
 Rules: permission of the socket file is the authentication (0660).  Lines, connections and idle
-time are bounded.  A call never changes what a guest sees, except stop.
-Refusals carry E_NOT_FOUND, E_BUSY, E_UNREACHABLE or E_FAILED, and become the same exception again
-at the client's end.
+time are bounded.  A call never changes what a guest sees, except stop and detach.
+Refusals carry a code of CODES, and become the same exception again at the client's end.
 Failure modes: a malformed line is answered and the connection goes on; too long a line ends it.
 """
 
@@ -25,8 +26,10 @@ import msgspec
 
 from millpond.cache import limits
 from millpond.cache.errors import (
+    AlreadyThere,
     CacheAway,
     CacheError,
+    NotPermitted,
     StoreAway,
     VolumeBusy,
     VolumeUnknown,
@@ -45,6 +48,9 @@ class Request(msgspec.Struct, frozen=True):
     op: str
     volume: str = ""
     now: bool = False
+    device: str = ""
+    read_only: bool = False
+    force: bool = False
 
 
 Handler = Callable[[Request], Awaitable[dict[str, Any]]]
@@ -52,6 +58,8 @@ Handler = Callable[[Request], Awaitable[dict[str, Any]]]
 CODES: tuple[tuple[str, type[CacheError]], ...] = (
     ("E_NOT_FOUND", VolumeUnknown),
     ("E_BUSY", VolumeBusy),
+    ("E_EXISTS", AlreadyThere),
+    ("E_PERMISSION", NotPermitted),
     ("E_UNREACHABLE", StoreAway),
     ("E_FAILED", CacheError),
 )

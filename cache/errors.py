@@ -22,11 +22,19 @@ class VolumeUnknown(VolumeRefused):
 
 
 class VolumeBusy(CacheError):
-    """Another cache holds the volume; it may become free."""
+    """Another cache holds the volume, or somebody here the device; it may become free."""
 
 
 class StoreAway(CacheError):
     """The store cannot be reached now; the same call later may succeed."""
+
+
+class AlreadyThere(CacheError):
+    """What was asked for exists already."""
+
+
+class NotPermitted(CacheError):
+    """This process lacks a right that it needs; the message says which."""
 
 
 class CacheAway(CacheError):

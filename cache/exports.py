@@ -4,6 +4,7 @@ nbd/ negotiates and calls; the cache implements.  Nothing here knows how either 
 """
 
 import socket
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -16,6 +17,7 @@ class Export:
     size_bytes: int
     read_only: bool
     description: str
+    volume_id: bytes = b""  # stays when the name changes
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,11 @@ class Agreed:
 
     structured: bool = False  # structured replies
     allocation: bool = False  # the metadata context base:allocation; only with structured
+    read_only: bool = False  # this client asked for it; the export may be so for all
+
+
+# Whom the end of a connection concerns.
+OnClosed = Callable[[], None] | None
 
 
 class ExportError(Exception):
@@ -42,10 +49,13 @@ class OpenExport(Protocol):
 
     export: Export
 
-    def handover(self, sock: socket.socket, received: bytes, agreed: Agreed) -> None:
+    def handover(
+        self, sock: socket.socket, received: bytes, agreed: Agreed, closed: OnClosed = None
+    ) -> None:
         """Give the connected socket to the engine, with bytes already read from it.
 
         The engine owns the descriptor from here: it is detached from sock, on errors too.
+        closed: called once, when the engine is done with it, whatever the reason.
         """
 
     async def release(self) -> None:
@@ -65,4 +75,17 @@ class Exports(Protocol):
         """Open for a client; the first writable one opens the volume at the store (epoch + 1).
 
         Raises ExportError.
+        """
+
+
+class DeviceExports(Exports, Protocol):
+    """And what kernel devices need: they outlive names, sizes and this process."""
+
+    async def open_id(self, volume_id: bytes) -> OpenExport:
+        """As open, whatever the volume is called now."""
+
+    async def grow(self, volume_ids: Sequence[bytes]) -> dict[bytes, int]:
+        """Sizes in bytes, as the stores have them now, of those that are open here.
+
+        The engine serves all of it before this returns.  Stores that are away say nothing.
         """

@@ -9,7 +9,7 @@ or the volume has failed here (the message says why); shutdown.
 import asyncio
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from millpond.cache import limits
 from millpond.cache.errors import (
@@ -19,11 +19,11 @@ from millpond.cache.errors import (
     VolumeUnknown,
     escaped,
 )
-from millpond.cache.exports import Agreed, Export, ExportError
+from millpond.cache.exports import Agreed, Export, ExportError, OnClosed
 from millpond.cache.replicas import VolumeRecord
 from millpond.cache.stores import Found, Stores
 from millpond.cache.tasks import Tasks
-from millpond.cache.volumes import Volume
+from millpond.cache.volumes import State, Volume
 from millpond.native.engine import NativeError
 
 log = logging.getLogger("millpond.cache")
@@ -64,7 +64,9 @@ class CacheExports:
         """Attach to the volume; the first client opens it at the store."""
         if self.closing:
             raise ExportError("shutdown", "this cache is shutting down")
-        found = await self._find(name)
+        return await self._open(await self._find(name))
+
+    async def _open(self, found: Found) -> "CacheOpenExport":
         record = found.record
         try:
             volume = self._volume_for(found)
@@ -77,6 +79,30 @@ class CacheExports:
         except CacheError as error:
             raise _export_error(error, record.name) from None
         return CacheOpenExport(self._export(record), volume)
+
+    async def open_id(self, volume_id: bytes) -> "CacheOpenExport":
+        """As open, by id."""
+        if self.closing:
+            raise ExportError("shutdown", "this cache is shutting down")
+        label = volume_id.hex()
+        try:
+            found = await self._stores.find_id(volume_id)
+            return await self._open(found)
+        except CacheError as error:
+            raise _export_error(error, label) from None
+
+    async def grow(self, volume_ids: Sequence[bytes]) -> dict[bytes, int]:
+        """Hear from the stores whether volumes in use became larger."""
+        sizes: dict[bytes, int] = {}
+        for found in await self._stores.list_heard():
+            if found.record.volume_id in volume_ids:
+                try:
+                    volume = self._volume_for(found)
+                except CacheError:
+                    continue  # two stores have it: not a size to believe
+                if volume.state is State.OPEN:
+                    sizes[volume.id] = await volume.grow()
+        return sizes
 
     async def look_up(self, name: str) -> Found:
         """A volume by name, on whichever store has it; CacheError."""
@@ -96,6 +122,7 @@ class CacheExports:
             size_bytes=record.size_bytes,
             read_only=self._read_only,
             description=f"Millpond volume {record.id}",
+            volume_id=record.volume_id,
         )
 
     async def _find(self, name: str) -> Found:
@@ -120,14 +147,18 @@ class CacheOpenExport:
         self.export = export
         self._volume: Volume | None = volume
 
-    def handover(self, sock: socket.socket, received: bytes, agreed: Agreed) -> None:
+    def handover(
+        self, sock: socket.socket, received: bytes, agreed: Agreed, closed: OnClosed = None
+    ) -> None:
         """Give the socket to the engine."""
         volume, self._volume = self._volume, None
         assert volume is not None, "handed over or released before"
         try:
-            volume.connect(sock, received, agreed)
+            volume.connect(sock, received, agreed, closed)
         except (NativeError, VolumeRefused) as error:
             log.warning("connection refused volume=%s reason=%s", volume.label, escaped(str(error)))
+            if closed is not None and isinstance(error, VolumeRefused):
+                closed()  # otherwise connection_closed has said so
         finally:
             volume.detach()
 

@@ -80,8 +80,18 @@ class Stores:
         """A volume by id."""
         return await self._find(f"volume {volume_id.hex()}", volume_id=volume_id)
 
-    async def list(self) -> list[Found]:
+    async def list(self) -> Sequence[Found]:
         """Every volume of every store; StoreAway unless all answer, after noting what was heard."""
+        found, problems = await self._list()
+        for problem in problems:
+            raise problem
+        return found
+
+    async def list_heard(self) -> Sequence[Found]:
+        """Every volume of the stores that answer."""
+        return (await self._list())[0]
+
+    async def _list(self) -> tuple[Sequence[Found], Sequence[CacheError]]:
         answers = await _ask({node: node.list() for node in self.nodes})
         found = []
         for node, answer in answers.items():
@@ -89,10 +99,7 @@ class Stores:
                 self._listed[node.index] = [record.name for record in answer]
                 found += [Found(record, node) for record in answer]
         self._note_places(found, answers)
-        for answer in answers.values():
-            if isinstance(answer, CacheError):
-                raise answer
-        return found
+        return found, [answer for answer in answers.values() if isinstance(answer, CacheError)]
 
     def _note_places(self, found: Iterable[Found], answers: "dict[StoreNode, Any]") -> None:
         """Where names are; one that moved is believed when its old store answered without it."""

@@ -9,8 +9,7 @@ Rules:
 * dirty: the stores first, the engine second (it acknowledges nothing before); the other way round
   when it is taken off the record.
 * giving back: the engine first, the stores second.
-* a call whose outcome is unknown is repeated; when it was to take "dirty" off the record, "dirty"
-  is put on again instead, which is right whatever happened.
+* a call of unknown outcome is repeated; of taking "dirty" off the record: "dirty" is put on again.
 """
 
 import asyncio
@@ -31,7 +30,7 @@ from millpond.cache.errors import (
     VolumeRefused,
     escaped,
 )
-from millpond.cache.exports import Agreed
+from millpond.cache.exports import Agreed, OnClosed
 from millpond.cache.opening import Opening, open_at_engine
 from millpond.cache.positions import (
     check_still_ours,
@@ -67,7 +66,7 @@ class Volume:
         self.state = State.CLOSED
         self.problem = ""
         self.record: VolumeRecord | None = None
-        self.connections: set[int] = set()
+        self.connections: dict[int, OnClosed] = {}  # by cookie
         self.dirty_recorded = False
         self.destage: VolumeDestage | None = None
         self.settings = VolumeSettings()
@@ -81,8 +80,7 @@ class Volume:
         self._engine_bytes = 0  # the size that the engine serves
         self._idle_timer: asyncio.TimerHandle | None = None
         self._destage_task: asyncio.Task[None] | None = None
-        # given back under this epoch, with everything shipped
-        self._closed_epoch: int | None = None
+        self._closed_epoch: int | None = None  # given back under it, with everything shipped
         self._not_open = asyncio.Event()
         self._not_open.set()
 
@@ -158,26 +156,36 @@ class Volume:
             log.info("volume grown volume=%s size=%d", self.label, size_bytes)
             self._engine_bytes = size_bytes
 
+    async def grow(self) -> int:
+        """Serve all that the store's record has; how much that is."""
+        assert self.record is not None and self.state is State.OPEN
+        size_bytes = self.record.size_bytes
+        self._grow(size_bytes)
+        await self._position()  # commands take effect in order: with its answer, so has this
+        return size_bytes
+
     def detach(self) -> None:
         """The client of an attach was handed over, or went away."""
         self._users -= 1
         assert self._users >= 0
         self._arm_idle()
 
-    def connect(self, sock: socket.socket, received: bytes, agreed: Agreed) -> None:
+    def connect(
+        self, sock: socket.socket, received: bytes, agreed: Agreed, closed: OnClosed = None
+    ) -> None:
         """Hand the client's socket to the engine, which owns it from here."""
         if self.state is not State.OPEN:
             sock.close()
             raise VolumeRefused(self.problem or "the volume is being given back; try again")
         descriptor = sock.detach()
         cookie = self._world.events.new_cookie()
-        self.connections.add(cookie)
+        self.connections[cookie] = closed
         self._world.connected(cookie, self)
         try:
             self._world.engine.connect(
                 self.id,
                 descriptor,
-                read_only=self._world.read_only,
+                read_only=self._world.read_only or agreed.read_only,
                 received=received,
                 cookie=cookie,
                 structured=agreed.structured,
@@ -189,8 +197,10 @@ class Volume:
 
     def connection_closed(self, cookie: int) -> None:
         """The engine is done with a connection."""
-        self.connections.discard(cookie)
+        closed = self.connections.pop(cookie, None)
         self._arm_idle()
+        if closed is not None:
+            closed()
 
     def disconnect_all(self) -> None:
         """End every connection; accepted mutations finish."""
@@ -233,13 +243,16 @@ class Volume:
 
         Whoever asked watches destaged_sequence: it may take as long as the rates make it.
         """
-        cookie = self._world.events.new_cookie()
-        position = await self._world.events.ask(
-            Position, cookie, lambda: self._world.engine.position(self.id, cookie=cookie)
-        )
+        position = await self._position()
         if self.destage is not None and position.last_sequence > position.first_sequence:
             self.destage.hurry_until(position.last_sequence, ignore_rates=ignore_rates)
         return position
+
+    async def _position(self) -> Position:
+        cookie = self._world.events.new_cookie()
+        return await self._world.events.ask(
+            Position, cookie, lambda: self._world.engine.position(self.id, cookie=cookie)
+        )
 
     # -- start and stop of the daemon
 

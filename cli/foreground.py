@@ -22,8 +22,10 @@ import typer
 from millpond.cache.control import ControlServer
 from millpond.cache.daemon import CacheDaemon
 from millpond.cache.errors import (
+    AlreadyThere,
     CacheAway,
     CacheError,
+    NotPermitted,
     StoreAway,
     VolumeBusy,
     VolumeFenced,
@@ -33,9 +35,21 @@ from millpond.cache.shaping import RateLimits
 from millpond.cache.status import handlers_of
 from millpond.cli.notify import Notifier, watched
 from millpond.cli.output import parse_size
-from millpond.cli.run import BUSY, FAILED, NOT_FOUND, UNREACHABLE, USAGE, CommandError
+from millpond.cli.run import (
+    BUSY,
+    EXISTS,
+    FAILED,
+    NOT_FOUND,
+    PERMISSION,
+    UNREACHABLE,
+    USAGE,
+    CommandError,
+)
 from millpond.native.needs import kernel_problem
+from millpond.nbd.devices import KernelDevices
+from millpond.nbd.devices import handlers_of as device_handlers_of
 from millpond.nbd.errors import NbdError
+from millpond.nbd.limits import DEAD_TIMEOUT_S
 from millpond.nbd.server import NbdServer
 from millpond.store.address import Address, check_exposure, parse_address
 from millpond.store.errors import StoreError
@@ -94,6 +108,10 @@ def expected_errors() -> Iterator[None]:
     """Expected failures of cache and nbd become one line and an exit code."""
     try:
         yield
+    except AlreadyThere as error:
+        raise CommandError(str(error), exit_code=EXISTS) from None
+    except NotPermitted as error:
+        raise CommandError(str(error), exit_code=PERMISSION) from None
     except (VolumeBusy, VolumeFenced) as error:
         raise CommandError(str(error), exit_code=BUSY) from None
     except VolumeUnknown as error:
@@ -177,6 +195,7 @@ async def serve_cache(
     ready_lines: Sequence[str],
     also: Sequence[Awaitable[object]] = (),
     notifier: Notifier | None = None,
+    dead_timeout_s: int = DEAD_TIMEOUT_S,
 ) -> None:
     """Serve guests and the control socket until asked to stop, or until something has failed.
 
@@ -184,9 +203,14 @@ async def serve_cache(
     """
     notifier = notifier or Notifier(None)
     nbd = NbdServer(daemon.exports, engine_connections=lambda: daemon.connection_count)
-    control = ControlServer(handlers_of(daemon, signals.ask), daemon.tasks)
+    devices = KernelDevices(
+        daemon.exports, daemon.engine.cache_id, daemon.tasks, dead_timeout_s=dead_timeout_s
+    )
+    handlers = handlers_of(daemon, signals.ask) | device_handlers_of(devices)
+    control = ControlServer(handlers, daemon.tasks)
     async with watched(notifier, daemon.alive):
         try:
+            await devices.start()
             if control_socket is not None:
                 await control.listen(
                     control_socket.path, mode=control_socket.mode, group=control_socket.group
@@ -208,6 +232,7 @@ async def serve_cache(
             notifier.stopping()
             await nbd.close()
             await control.close()
+            await devices.close()
             clean = await daemon.stop()
     if not clean:
         raise CommandError("the cache did not stop cleanly; it will recover at the next start")

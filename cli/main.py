@@ -32,11 +32,11 @@ MODULES = (
     volume,
     store,
     cache,
+    device,
     config,
     status,
     flush,
     map,
-    device,
     hook,
     version,
 )

@@ -19,6 +19,21 @@ PAYLOAD_BYTES_MAX = 32 << 20
 # enough that its connections do not pile up.
 VANISHED_AFTER_S = 120
 
+# Kernel devices.  With no daemon, the kernel lets I/O wait for so long, then fails it: longer than
+# any repair that somebody is at work on (ydb's block store has the same day).
+DEAD_TIMEOUT_S = 24 * 3600
+# A start waits so long for its devices to be served, then says that it is ready all the same.
+ADOPT_WAIT_S = 5.0
+# A connection that lived for so long was no failed attempt.
+SETTLED_S = 5.0
+# After DISCONNECT the engine answers what it has; then its end closes.
+DETACH_WAIT_S = 10.0
+# How late a device grows with its volume: one call to each store for all of them.
+GROW_POLL_S = 5.0
+# Of each direction of a device's socket: one large request fits; more than the usual 208 KiB only
+# where net.core.wmem_max permits it.
+SOCKET_BUFFER_BYTES = 4 << 20
+
 
 @dataclass(frozen=True, kw_only=True)
 class NbdLimits:

@@ -10,7 +10,7 @@ import threading
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from millpond.cache.exports import Agreed, Export, ExportError
+from millpond.cache.exports import Agreed, Export, ExportError, OnClosed
 from millpond.nbd import wire
 from millpond.nbd.handshake import transmission_flags
 from millpond.nbd.limits import PAYLOAD_BYTES_MAX
@@ -109,7 +109,9 @@ class MemoryOpenExport:
         self.export = disk.export
         self._disk = disk
 
-    def handover(self, sock: socket.socket, received: bytes, agreed: Agreed) -> None:
+    def handover(
+        self, sock: socket.socket, received: bytes, agreed: Agreed, closed: OnClosed = None
+    ) -> None:
         """Start the transmission thread; it owns the descriptor."""
         self._disk.serve(sock.detach(), received)
 

@@ -8,7 +8,7 @@ Failure modes: busybox missing or not static (refused); a module that the kernel
 carries nor has built in (refused by name).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from demo.kernel import Kernel
@@ -32,20 +32,20 @@ def depends(module: Path) -> list[str]:
     return [normal(name) for name in names.split(",") if name]
 
 
-def module_order(kernel: Kernel) -> list[Path]:
-    """WANTED and all they need, each after what it needs; what is built in is left out."""
+def module_order(kernel: Kernel, wanted: Sequence[str] = WANTED) -> list[Path]:
+    """The wanted modules and all they need, each after what it needs, without what is built in."""
     files = {normal(path.stem): path for path in kernel.modules.rglob("*.ko")}
     builtin = (kernel.modules / "modules.builtin").read_text().split()
     built_in = {normal(Path(line).stem) for line in builtin}
     order: list[Path] = []
-    waiting = [*reversed(WANTED)]
+    waiting = [*reversed(wanted)]
     while waiting:
         name = waiting[-1]
         if name in built_in or files.get(name) in order:
             waiting.pop()
             continue
         if name not in files:
-            raise SystemExit(f"demo: kernel {kernel.version} has no module {name}")
+            raise SystemExit(f"kernel {kernel.version} has no module {name}")
         missing = [n for n in depends(files[name]) if n not in built_in and files[n] not in order]
         if missing:
             waiting += missing
@@ -61,26 +61,26 @@ def entry(number: int, name: str, *, mode: int, data: bytes = b"") -> bytes:
     return header + b"\0" * (-len(header) % 4) + data + b"\0" * (-len(data) % 4)
 
 
-def members(kernel: Kernel) -> Iterator[tuple[str, int, bytes]]:
+def members(kernel: Kernel, wanted: Sequence[str], init: Path) -> Iterator[tuple[str, int, bytes]]:
     """(name, mode, data) of everything in the archive."""
     for directory in ("bin", "dev", "proc", "sys", "mnt", "modules"):
         yield directory, 0o040755, b""
     yield "bin/busybox", 0o100755, BUSYBOX.read_bytes()
-    yield "init", 0o100755, INIT.read_bytes()
-    order = module_order(kernel)
+    yield "init", 0o100755, init.read_bytes()
+    order = module_order(kernel, wanted)
     for module in order:
         yield f"modules/{module.name}", 0o100644, module.read_bytes()
     yield "modules/order", 0o100644, "".join(f"{m.name}\n" for m in order).encode()
 
 
-def write(path: Path, kernel: Kernel) -> None:
-    """Write the archive for kernel to path."""
+def write(path: Path, kernel: Kernel, *, wanted: Sequence[str] = WANTED, init: Path = INIT) -> None:
+    """Write the archive for kernel to path: busybox, the wanted modules in order, and init."""
     if not BUSYBOX.exists():
-        raise SystemExit("demo: /bin/busybox is missing: apt-get install busybox-static")
+        raise SystemExit("/bin/busybox is missing: apt-get install busybox-static")
     if b"/lib64/ld-linux" in BUSYBOX.read_bytes():
-        raise SystemExit("demo: /bin/busybox is not static: apt-get install busybox-static")
+        raise SystemExit("/bin/busybox is not static: apt-get install busybox-static")
     archive = [
         entry(number, name, mode=mode, data=data)
-        for number, (name, mode, data) in enumerate(members(kernel), start=1)
+        for number, (name, mode, data) in enumerate(members(kernel, wanted, init), start=1)
     ]
     path.write_bytes(b"".join(archive) + entry(0, "TRAILER!!!", mode=0))

@@ -1,8 +1,8 @@
-"""Debian's cloud kernel, downloaded and unpacked, never installed.
+"""A Debian kernel, downloaded and unpacked, never installed.
 
-linux-image-cloud-amd64 only names the newest version; the package it depends on is
+A package like linux-image-cloud-amd64 only names the newest version; the package it depends on is
 downloaded with apt-get (signatures checked by apt) and unpacked with dpkg. Nothing is
-written to /boot, no boot loader runs.
+written to /boot, no boot loader runs. tests/kernel takes its kernel from here, too.
 
 Failure modes: another machine type (refused), no package lists or stale ones (lists are
 updated once, then apt's own message is passed on).
@@ -16,7 +16,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-META_PACKAGE = "linux-image-cloud-amd64"
+CLOUD = "linux-image-cloud-amd64"  # small, for a guest with nothing but virtio disks
+GENERIC = "linux-image-amd64"  # with 9p
 
 
 @dataclass(frozen=True)
@@ -28,20 +29,20 @@ class Kernel:
     modules: Path
 
 
-def package_name() -> str | None:
+def package_name(meta_package: str) -> str | None:
     """The versioned package behind the meta package; None without package lists."""
-    command = ["apt-cache", "depends", META_PACKAGE]
+    command = ["apt-cache", "depends", meta_package]
     shown = subprocess.run(command, capture_output=True, text=True, check=False).stdout
     found = re.search(r"Depends: (linux-image-\S+)", shown)
     return found[1] if found else None
 
 
-def download(directory: Path) -> bool:
+def download(directory: Path, meta_package: str) -> bool:
     """Fetch the versioned package into directory."""
-    package = package_name()
+    package = package_name(meta_package)
     if package is None:
         return False
-    print(f"demo: downloading {package} (unpacked under {directory}, not installed)", flush=True)
+    print(f"downloading {package} (unpacked under {directory}, not installed)", flush=True)
     # As root apt drops to the user _apt, which may not reach this directory; the signature
     # is checked either way.
     command = ["apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", package]
@@ -57,19 +58,19 @@ def unpacked(root: Path) -> Kernel | None:
     return Kernel(version, images[-1], root / "lib" / "modules" / version)
 
 
-def ensure(directory: Path) -> Kernel:
+def ensure(directory: Path, meta_package: str = CLOUD) -> Kernel:
     """The kernel below directory, downloaded first when it is not there yet."""
     if kernel := unpacked(directory / "root"):
         return kernel
     if platform.machine() != "x86_64":
-        raise SystemExit(f"demo: the guest kernel is x86_64, this machine is {platform.machine()}")
+        raise SystemExit(f"the guest kernel is x86_64, this machine is {platform.machine()}")
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-    if not download(directory):
+    if not download(directory, meta_package):
         update = ["apt-get", "-q", "update"]
         subprocess.run(update if os.geteuid() == 0 else ["sudo", *update], check=True)
-        if not download(directory):
-            raise SystemExit(f"demo: cannot download {META_PACKAGE}: see apt's message above")
+        if not download(directory, meta_package):
+            raise SystemExit(f"cannot download {meta_package}: see apt's message above")
     package = next(directory.glob("linux-image-*.deb"))
     unpacking = directory / "root.partial"
     subprocess.run(["dpkg", "-x", str(package), str(unpacking)], check=True)

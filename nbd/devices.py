@@ -1,0 +1,269 @@
+"""Volumes as /dev/nbdN: attach, keep served across restarts and lost connections, detach.
+
+Rules: one socket per device: with two, the kernel kills one that is merely slow and sends the same
+write twice.  The engine serves its end before the kernel has the other: CONNECT may be followed by
+a partition scan at once, and whoever opens the device waits for it.  Nothing blocking on the event
+loop.  A device belongs to the cache whose id is in its backend identifier; no other touches it.
+README.md has what a crash between any two steps leaves behind.
+
+Happy path:
+    start() -> attach(volume) -> ... -> detach(volume) -> close()
+Failure modes:
+    the connection ends while we live (killed, fenced)   -> a new one, as at start
+    the volume cannot be opened (its store is away)      -> again and again; the kernel queues I/O
+    the kernel ignores a new socket, the old one lives   -> our end ends; again, a little later
+    the device was disconnected behind our back          -> forgotten, with its link
+"""
+
+import asyncio
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+from millpond.cache.control import Handler, Request
+from millpond.cache.errors import AlreadyThere, CacheError, VolumeBusy, VolumeUnknown, escaped
+from millpond.cache.exports import DeviceExports, ExportError, OpenExport
+from millpond.cache.tasks import Tasks
+from millpond.nbd import keeper as keepers
+from millpond.nbd import netlink as kernel_netlink
+from millpond.nbd.devicelinks import DeviceLinks
+from millpond.nbd.keeper import Keeper, Kernel
+from millpond.nbd.limits import ADOPT_WAIT_S, DEAD_TIMEOUT_S, DETACH_WAIT_S, GROW_POLL_S
+from millpond.nbd.sysfs import Backend, Sysfs, exclusive, index_of
+from millpond.nbd.worker import in_thread
+
+_log = logging.getLogger(__name__)
+
+_KINDS: dict[str, type[CacheError]] = {"unknown": VolumeUnknown, "busy": VolumeBusy}
+
+
+class KernelDevices:
+    """All kernel devices of one daemon.  Event loop only."""
+
+    def __init__(
+        self,
+        exports: DeviceExports,
+        cache_id: bytes,
+        tasks: Tasks,
+        *,
+        dead_timeout_s: int = DEAD_TIMEOUT_S,
+        sysfs: Sysfs | None = None,
+        netlink: "ModuleType | Any" = kernel_netlink,
+    ) -> None:
+        sysfs = sysfs or Sysfs()
+        links = DeviceLinks(sysfs)
+        self._kernel = Kernel(exports, tasks, sysfs, links, netlink, dead_timeout_s)
+        self._cache_id = cache_id
+        self._keepers: dict[int, Keeper] = {}
+        self._busy: set[str] = set()  # what is being attached or detached
+        self._grower: asyncio.Task[None] | None = None
+
+    # -- the daemon's start and end
+
+    async def start(self) -> None:
+        """Take up the devices that an earlier process of this cache left; waits a moment for them.
+
+        Whoever hears that the daemon is ready finds them served, unless a store is away.
+        """
+        for device in self._kernel.sysfs.devices():
+            backend = Backend.parse(device.backend)
+            if backend is not None and backend.cache_id == self._cache_id:
+                keeper = Keeper(self._kernel, device, backend, backend.volume_id.hex())
+                self._add(keeper)
+                keeper.keep()
+        for index, backend in self._kernel.links.stale(self._cache_id):
+            kept = self._keepers.get(index)
+            if kept is None or kept.backend != backend:
+                self._kernel.links.remove(index, backend)
+        if self._keepers:
+            _log.info("taking up kernel devices count=%d", len(self._keepers))
+            waits = [asyncio.ensure_future(each.settled.wait()) for each in self._keepers.values()]
+            _, late = await asyncio.wait(waits, timeout=ADOPT_WAIT_S)
+            for wait in late:
+                wait.cancel()
+
+    async def close(self) -> None:
+        """Leave the devices to the next process: the kernel lets I/O wait meanwhile."""
+        if self._grower is not None:
+            self._grower.cancel()
+        for keeper in list(self._keepers.values()):
+            await keeper.pause()
+
+    def list(self) -> "list[dict[str, Any]]":
+        """As `millpond device list --json` prints them."""
+        return [self._describe(keeper) for _, keeper in sorted(self._keepers.items())]
+
+    # -- attach
+
+    async def attach(
+        self, name: str, *, device: str = "", read_only: bool = False
+    ) -> dict[str, Any]:
+        """Make a volume a block device; as list() describes it.  CacheError."""
+        index = self._free_index(device) if device else None
+        with self._claim(f"volume {escaped(name)}"):
+            opened = await self._open(name)
+            try:
+                self._check_new(opened.export.volume_id, name)
+            except BaseException:
+                await opened.release()
+                raise
+            keeper = await keepers.connect(
+                self._kernel, opened, self._cache_id, index=index, read_only=read_only
+            )
+            self._add(keeper)
+        _log.info("attached volume=%s device=%s", escaped(keeper.name), keeper.path)
+        return self._describe(keeper)
+
+    async def _open(self, name: str) -> OpenExport:
+        if not name:
+            raise VolumeUnknown("name the volume to attach")
+        try:
+            return await self._kernel.exports.open(name)
+        except ExportError as error:
+            raise _KINDS.get(error.code, CacheError)(error.message) from None
+
+    def _free_index(self, device: str) -> int:
+        """Before the volume is opened: a wrong or busy device costs nothing."""
+        index = index_of(device)
+        if index is None:
+            raise CacheError(f"{escaped(device)} is no NBD device: they are called /dev/nbdN")
+        kept = self._keepers.get(index)
+        if kept is not None:
+            raise VolumeBusy(f"{kept.path} is volume {escaped(kept.name)} already")
+        if self._kernel.sysfs.device(index) is not None:
+            raise VolumeBusy(f"/dev/nbd{index} is in use by another NBD client")
+        return index
+
+    def _check_new(self, volume_id: bytes, name: str) -> None:
+        backend = Backend(self._cache_id, volume_id)
+        for device in self._kernel.sysfs.devices():
+            if device.backend == str(backend):
+                how = ", read-only" if device.read_only else ""
+                raise AlreadyThere(
+                    f"volume {escaped(name)} is attached already as /dev/nbd{device.index}{how}"
+                )
+
+    def _add(self, keeper: Keeper) -> None:
+        keeper.gone = self._gone
+        self._keepers[keeper.index] = keeper
+        if self._grower is None:
+            self._grower = self._kernel.tasks.spawn(self._grow_for_ever(), "grow-kernel-devices")
+
+    # -- detach
+
+    async def detach(self, target: str, *, force: bool = False) -> dict[str, Any]:
+        """Disconnect a device, named by its volume, its path or its link.  CacheError.
+
+        force: also one that is in use or waits; what is not written is lost.
+        """
+        keeper = self._find(target)
+        with self._claim(keeper.path):
+            if not force and not keeper.served:
+                raise VolumeBusy(
+                    f"{keeper.path} waits for its volume: {keeper.problem or 'not served yet'};"
+                    " --force fails what waits"
+                )
+            described = self._describe(keeper)
+            await keeper.pause()
+            try:
+                await in_thread(lambda: self._disconnect(keeper, force), f"detach-{keeper.path}")
+            except BaseException:
+                keeper.keep()
+                raise
+            await keeper.ended(DETACH_WAIT_S)
+            await self._forget(keeper)
+        _log.info("detached volume=%s device=%s", escaped(keeper.name), keeper.path)
+        return described
+
+    def _disconnect(self, keeper: Keeper, force: bool) -> None:
+        """Worker thread."""
+        if force:
+            self._kernel.netlink.disconnect(keeper.index)
+            return
+        users = self._kernel.sysfs.users(keeper.index)
+        if users:
+            raise VolumeBusy(f"{keeper.path} is {users}")
+        with exclusive(self._kernel.sysfs, keeper.index):
+            self._kernel.netlink.disconnect(keeper.index)
+
+    def _find(self, target: str) -> Keeper:
+        for keeper in self._keepers.values():
+            if target in (keeper.name, keeper.backend.volume_id.hex(), keeper.path):
+                return keeper
+        for keeper in self._keepers.values():
+            link = self._kernel.links.path_of(keeper.name, keeper.backend.volume_id)
+            if os.path.normpath(target) == link:
+                return keeper
+        raise VolumeUnknown(f"{escaped(target)} is not attached here")
+
+    def _gone(self, keeper: Keeper) -> None:
+        self._kernel.tasks.spawn(self._forget(keeper), f"forget-{keeper.path}")
+
+    async def _forget(self, keeper: Keeper) -> None:
+        if self._keepers.get(keeper.index) is keeper:
+            del self._keepers[keeper.index]
+        await in_thread(
+            lambda: self._kernel.links.remove(keeper.index, keeper.backend), f"unlink-{keeper.path}"
+        )
+
+    # -- growing
+
+    async def _grow_for_ever(self) -> None:
+        """Nobody tells a cache that a volume became larger: ask the stores."""
+        while True:
+            await asyncio.sleep(GROW_POLL_S)
+            served = {each.backend.volume_id: each for each in self._keepers.values()}
+            if not served:
+                continue
+            try:
+                sizes = await self._kernel.exports.grow(list(served))
+                for volume_id, size_bytes in sizes.items():
+                    if size_bytes > served[volume_id].size_bytes:
+                        await served[volume_id].grow(size_bytes)
+            except (CacheError, ExportError) as error:
+                _log.warning("a kernel device did not grow reason=%s", escaped(str(error)))
+
+    # -- helpers
+
+    @contextmanager
+    def _claim(self, what: str) -> Iterator[None]:
+        """One attach or detach of a thing at a time."""
+        if what in self._busy:
+            raise VolumeBusy(f"{what} is being attached or detached at the moment")
+        self._busy.add(what)
+        try:
+            yield
+        finally:
+            self._busy.discard(what)
+
+    def _describe(self, keeper: Keeper) -> dict[str, Any]:
+        return {
+            "device": keeper.path,
+            "volume": keeper.name,
+            "id": keeper.backend.volume_id.hex(),
+            "link": self._kernel.links.path_of(keeper.name, keeper.backend.volume_id),
+            "size_bytes": keeper.size_bytes,
+            "read_only": keeper.read_only,
+            "served": keeper.served,
+            "problem": keeper.problem or None,
+        }
+
+
+def handlers_of(devices: KernelDevices) -> dict[str, Handler]:
+    """Its operations of the control socket."""
+
+    async def attach(request: Request) -> dict[str, Any]:
+        return await devices.attach(
+            request.volume, device=request.device, read_only=request.read_only
+        )
+
+    async def detach(request: Request) -> dict[str, Any]:
+        return await devices.detach(request.volume, force=request.force)
+
+    async def list_devices(request: Request) -> dict[str, Any]:
+        return {"devices": devices.list()}
+
+    return {"attach": attach, "detach": detach, "devices": list_devices}

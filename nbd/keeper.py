@@ -1,0 +1,246 @@
+"""One kernel device of ours: a connection to the engine, and a new one whenever that ends.
+
+Happy path: `connect` (attach) or `adopt` (it is there already) -> served -> `end`.
+Failure modes: those of devices.py.  A device that cannot be served says why in `problem`.
+"""
+
+import asyncio
+import dataclasses
+import logging
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Final
+
+from millpond.cache.errors import CacheError, VolumeRefused, escaped
+from millpond.cache.exports import Agreed, DeviceExports, Export, ExportError, OpenExport
+from millpond.cache.tasks import Backoff, Tasks
+from millpond.nbd.devicelinks import DeviceLinks
+from millpond.nbd.handshake import transmission_flags
+from millpond.nbd.limits import SETTLED_S, SOCKET_BUFFER_BYTES
+from millpond.nbd.sysfs import Backend, KernelDevice, Sysfs
+from millpond.nbd.worker import in_thread
+
+_log = logging.getLogger(__name__)
+
+# Images have partition tables in sectors of 512 bytes, and a guest's firmware reads them so.
+BLOCK_BYTES: Final = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """What all devices of a daemon work with."""
+
+    exports: DeviceExports
+    tasks: Tasks
+    sysfs: Sysfs
+    links: DeviceLinks
+    netlink: Any  # the module, or a test's
+    dead_timeout_s: int
+
+
+class _Gone(Exception):
+    """The kernel has no such device any more."""
+
+
+def connected_pair(
+    opened: OpenExport, *, read_only: bool
+) -> "tuple[asyncio.Future[None], socket.socket]":
+    """A new connection: the engine serves one end from here, the other is for the kernel.
+
+    The future is the end of it.  When it raises, the export is still held.
+    """
+    closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def on_closed() -> None:
+        if not closed.done():
+            closed.set_result(None)
+
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    for each in (ours, theirs):
+        each.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER_BYTES)
+    ours.setblocking(False)
+    opened.handover(ours, b"", Agreed(read_only=read_only), on_closed)
+    return closed, theirs
+
+
+class Keeper:
+    """Keeps one device served.  Event loop only."""
+
+    def __init__(self, kernel: Kernel, device: KernelDevice, backend: Backend, name: str) -> None:
+        """device: as the kernel has it now."""
+        self.index = device.index
+        self.size_bytes = device.size_bytes
+        self.read_only = device.read_only
+        self.backend = backend
+        self.name = name
+        self.problem = ""
+        self.settled = asyncio.Event()  # the first attempt to serve it has ended, well or not
+        self.gone: Callable[[Keeper], None] = lambda keeper: None
+        self._kernel = kernel
+        self._closed: asyncio.Future[None] | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def path(self) -> str:
+        """Of the device."""
+        return f"/dev/nbd{self.index}"
+
+    @property
+    def served(self) -> bool:
+        """The engine has its connection."""
+        return self._closed is not None and not self._closed.done()
+
+    def keep(self, closed: "asyncio.Future[None] | None" = None) -> None:
+        """Serve it from here; closed: the end of the connection that it has already."""
+        self._closed = closed or self._closed
+        name = f"keep-nbd{self.index}"
+        self._task = self._kernel.tasks.spawn(self._keep(), name)
+
+    async def pause(self) -> None:
+        """Leave it alone, for keep() or for ever; a connection goes on."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def ended(self, timeout_s: float) -> None:
+        """Until the engine is done with the connection."""
+        if self._closed is not None:
+            await asyncio.wait([self._closed], timeout=timeout_s)
+
+    async def grow(self, size_bytes: int) -> None:
+        """The engine serves more: tell the kernel."""
+        await in_thread(
+            lambda: self._kernel.netlink.reconfigure(
+                self.index, backend=str(self.backend), size_bytes=size_bytes
+            ),
+            f"grow-nbd{self.index}",
+        )
+        self.size_bytes = size_bytes
+        _log.info("kernel device grown device=%s size=%d", self.path, size_bytes)
+
+    # -- the task
+
+    async def _keep(self) -> None:
+        backoff = Backoff()
+        loop = asyncio.get_running_loop()
+        while True:
+            if self._closed is not None:
+                began_s = loop.time()
+                await asyncio.wait([self._closed])
+                self._closed = None
+                if loop.time() - began_s > SETTLED_S:
+                    backoff.reset()
+                else:
+                    await backoff.wait()
+            try:
+                await self._reconnect()
+                self.problem = ""
+            except _Gone:
+                _log.warning("kernel device was disconnected by others device=%s", self.path)
+                self.gone(self)
+                return
+            except (ExportError, CacheError, OSError) as error:
+                if str(error) != self.problem:
+                    self.problem = str(error)
+                    _log.warning(
+                        "kernel device waits device=%s reason=%s", self.path, escaped(self.problem)
+                    )
+                await backoff.wait()
+            finally:
+                self.settled.set()
+
+    async def _reconnect(self) -> None:
+        """A new connection in the place of one that ended."""
+        kernel = self._kernel
+        device = kernel.sysfs.device(self.index)
+        if device is None or device.backend != str(self.backend):
+            raise _Gone
+        opened = await kernel.exports.open_id(self.backend.volume_id)
+        export = opened.export
+        try:
+            self._check(export, device)
+            closed, theirs = connected_pair(opened, read_only=self.read_only)
+        except BaseException:
+            await opened.release()
+            raise
+        larger = export.size_bytes if export.size_bytes > device.size_bytes else None
+
+        def give() -> None:
+            with theirs:
+                kernel.netlink.reconfigure(
+                    self.index,
+                    backend=str(self.backend),
+                    sock=theirs,
+                    size_bytes=larger,
+                    dead_timeout_s=kernel.dead_timeout_s,
+                )
+
+        await in_thread(give, f"adopt-nbd{self.index}")
+        self._closed = closed
+        self.size_bytes = larger or device.size_bytes
+        self.name = export.name
+        _log.info("kernel device served again device=%s volume=%s", self.path, escaped(export.name))
+        # Not awaited: while something is in flight the kernel may let a setting wait.
+        kernel.tasks.spawn(self._settings(), f"settings-nbd{self.index}")
+
+    async def _settings(self) -> None:
+        """What a crash between two steps of an attach left undone."""
+        await in_thread(
+            lambda: finish(self._kernel, self.index, self.name, self.backend),
+            f"settings-nbd{self.index}",
+        )
+
+    def _check(self, export: Export, device: KernelDevice) -> None:
+        """Never serve a guest something else than it has seen."""
+        if export.size_bytes < device.size_bytes:
+            raise VolumeRefused(
+                f"volume {escaped(export.name)} has {export.size_bytes} bytes, {self.path} has"
+                f" {device.size_bytes}: it was made smaller, or is another one; detach --force"
+            )
+        if export.read_only and not device.read_only:
+            raise VolumeRefused(
+                f"{self.path} was attached writable, and this cache is read-only now"
+            )
+
+
+def finish(kernel: Kernel, index: int, name: str, backend: Backend) -> None:
+    """The steps of an attach behind CONNECT, each harmless when done before.  Worker thread."""
+    kernel.sysfs.apply_queue_settings(index)
+    kernel.links.make(index, name, backend)
+
+
+async def connect(
+    kernel: Kernel, opened: OpenExport, cache_id: bytes, *, index: int | None, read_only: bool
+) -> Keeper:
+    """Make a kernel device of an open export; it is served from before it exists."""
+    export = dataclasses.replace(opened.export, read_only=read_only or opened.export.read_only)
+    backend = Backend(cache_id, export.volume_id)
+    try:
+        closed, theirs = connected_pair(opened, read_only=export.read_only)
+    except BaseException:
+        await opened.release()
+        raise
+
+    def give() -> int:
+        with theirs:
+            return int(
+                kernel.netlink.connect(
+                    theirs,
+                    index=index,
+                    size_bytes=export.size_bytes,
+                    block_bytes=BLOCK_BYTES,
+                    server_flags=int(transmission_flags(export)),
+                    dead_timeout_s=kernel.dead_timeout_s,
+                    backend=str(backend),
+                )
+            )
+
+    made = await in_thread(give, "attach")
+    device = KernelDevice(made, str(backend), export.size_bytes, export.read_only)
+    keeper = Keeper(kernel, device, backend, export.name)
+    keeper.keep(closed)
+    with suppress(OSError):
+        await in_thread(lambda: finish(kernel, made, export.name, backend), f"finish-nbd{made}")
+    return keeper
