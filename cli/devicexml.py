@@ -18,6 +18,7 @@ from millpond.cli.foreground import expected_errors
 from millpond.cli.map import CONTROL_SOCKET, HostControlOption
 from millpond.cli.output import note, parse_duration_s
 from millpond.cli.run import USAGE, CommandError, run
+from millpond.nbd.devicelinks import link_name
 from millpond.store.catalogue import new_id
 from millpond.store.client import StoreClient
 from millpond.store.errors import Code, StoreError
@@ -57,7 +58,7 @@ def device_xml(
         volume_id = run(id_of(control, volume))
     disk = element(
         volume,
-        serial=volume_id[:SERIAL_CHARACTERS],
+        volume_id,
         target=target,
         read_only=read_only,
         nbd=(socket, delay_s) if mode == "nbd" else None,
@@ -100,7 +101,7 @@ async def _id_at(address: str, name: str) -> str:
 
 
 def element(
-    volume: str, *, serial: str, target: str, read_only: bool, nbd: tuple[str, int] | None
+    volume: str, volume_id: str, *, target: str, read_only: bool, nbd: tuple[str, int] | None
 ) -> str:
     """The element as text; nbd: socket path and reconnect delay in seconds, None: the device."""
     kind = "block" if nbd is None else "network"
@@ -110,7 +111,8 @@ def element(
         driver["io"] = "native"
     ElementTree.SubElement(disk, "driver", driver, discard="unmap", detect_zeroes="unmap")
     if nbd is None:
-        ElementTree.SubElement(disk, "source", dev=LINKS + volume)
+        link = LINKS + link_name(volume, bytes.fromhex(volume_id))
+        ElementTree.SubElement(disk, "source", dev=link)
     else:
         path, delay_s = nbd
         source = ElementTree.SubElement(disk, "source", protocol="nbd", name=volume)
@@ -120,6 +122,6 @@ def element(
     ElementTree.SubElement(disk, "target", dev=target, bus=BUS_OF[target[:2]])
     if read_only:
         ElementTree.SubElement(disk, "readonly")
-    ElementTree.SubElement(disk, "serial").text = serial
+    ElementTree.SubElement(disk, "serial").text = volume_id[:SERIAL_CHARACTERS]
     ElementTree.indent(disk)
     return ElementTree.tostring(disk, encoding="unicode")

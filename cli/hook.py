@@ -16,6 +16,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import AsyncIterator
@@ -91,10 +92,17 @@ def disks_of(data: bytes) -> list[Disk]:
         read_only = disk.find("readonly") is not None
         for source in disk.iter("source"):  # those of backing chains and mirrors, too
             path = source.get("dev") or source.get("file") or ""
-            volume = path.removeprefix(LINKS)
-            if volume != path and volume and "/" not in volume:
+            link = path.removeprefix(LINKS)
+            if link != path and link and "/" not in link:
+                volume = volume_of(link)
                 found[volume] = found.get(volume, True) and read_only
     return [Disk(volume, read_only) for volume, read_only in found.items()]
+
+
+def volume_of(link: str) -> str:
+    """The volume whose link has this name: link_name() of nbd/devicelinks.py, backwards."""
+    encoded = re.sub(rb"\\x([0-9a-f]{2})", lambda found: bytes([int(found[1], 16)]), link.encode())
+    return encoded.decode(errors="replace")
 
 
 async def _bounded(work: Any, guest: str) -> None:

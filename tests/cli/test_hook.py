@@ -9,11 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from controlserver import PlayedCache
-from millpond.cli.hook import Disk, disks_of
+from millpond.cli.hook import Disk, disks_of, volume_of
 from millpond.cli.main import main
 from millpond.cli.run import BUSY, NOT_FOUND, OK, UNREACHABLE, USAGE, CommandError
+from millpond.nbd.devicelinks import link_name
+from millpond.store.catalogue import check_name
+from millpond.store.errors import StoreError
 from millpondprocess import environment
 
 DOMAINS = Path(__file__).with_name("domains")
@@ -77,6 +82,16 @@ def test_sources_in_backing_chains_and_odd_paths() -> None:
     assert disks_of(chain) == [Disk("base", False)]
     odd = text.format("/dev/millpond/", "/dev/millpond/../sda").encode()
     assert disks_of(odd) == []
+
+
+@given(st.text(min_size=1, max_size=60))
+def test_link_tells_the_volume(name: str) -> None:
+    try:
+        check_name(name)
+    except StoreError:
+        return
+    link = link_name(name, bytes(16))
+    assert volume_of(link) == name or link == bytes(16).hex(), "too long: its id"
 
 
 def test_xml_that_cannot_be_read() -> None:
