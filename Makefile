@@ -21,6 +21,8 @@ BUILD_PACKAGES := gcc libc6-dev liblz4-dev libxxhash-dev
 PYTHON_PACKAGES := python3-dev python3-venv
 DEMO_PACKAGES := qemu-system-x86 e2fsprogs busybox-static
 TEST_PACKAGES := fio libnbd-bin python3-libnbd nbdkit nbd-client qemu-utils
+# A guest with a real kernel, and what it does with a block device.
+TEST_PACKAGES += qemu-system-x86 busybox-static e2fsprogs xfsprogs util-linux
 # libFuzzer and the sanitizers of clang; gcc brings its own.
 FUZZ_PACKAGES := clang libclang-rt-dev
 BENCH_PACKAGES := fio nbdkit qemu-utils
@@ -113,6 +115,7 @@ SYSCONFDIR := /etc
 DESTDIR :=
 LIBRARY = $(DESTDIR)$(PREFIX)/lib/millpond
 COMMAND = $(DESTDIR)$(PREFIX)/bin/millpond
+RULES = $(DESTDIR)$(PREFIX)/lib/udev/rules.d
 SETTINGS = $(DESTDIR)$(SYSCONFDIR)/millpond
 MARK = $(LIBRARY)/installed-by-make
 not_ours = [[ ! -e $(LIBRARY) || -e $(MARK) ]] || $(call give_up,$@: $(LIBRARY) is not ours)
@@ -131,6 +134,8 @@ install: $(RUN)/build.packages
 		[[ -e $(SETTINGS)/$$kind.toml ]] || cp $(LIBRARY)/$$kind.toml $(SETTINGS)
 	done
 	if [[ -n "$(DESTDIR)" ]]; then sed -i '1s|^#!$(DESTDIR)|#!|' $(LIBRARY)/bin/millpond; fi
+	mkdir -p $(RULES)
+	cp cli/system/60-millpond.rules $(RULES)
 	ln -sfn ../lib/millpond/bin/millpond $(COMMAND)
 	echo "make install: $(COMMAND), $(SETTINGS)"
 
@@ -143,6 +148,8 @@ uninstall:
 		if [[ -e $$file ]]; then echo "make uninstall: $$file was edited and stays"; fi
 	done
 	rmdir $(SETTINGS) 2> /dev/null || true
+	rm -f $(RULES)/60-millpond.rules
+	rmdir -p $(RULES) 2> /dev/null || true
 	[[ "$$(readlink $(COMMAND))" != ../lib/millpond/bin/millpond ]] || rm $(COMMAND)
 	rm -rf $(LIBRARY)
 

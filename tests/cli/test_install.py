@@ -53,6 +53,7 @@ def test_install_and_uninstall_leave_nothing(tmp_path: Path, python: Path) -> No
     assert (root / "usr/bin/millpond").resolve() == root / "usr/lib/millpond/bin/millpond"
     assert (root / "etc/millpond/cache.toml").read_text() == "# sample of cache\n"
     assert (root / "etc/millpond/store.toml").read_text() == "# sample of store\n"
+    assert (root / "usr/lib/udev/rules.d/60-millpond.rules").is_file()
     assert make("install", root, python).returncode == 0, "again, as an upgrade does"
     assert make("uninstall", root, python).returncode == 0
     assert tree(root) == set()

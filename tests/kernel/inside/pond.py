@@ -45,7 +45,12 @@ def sh(*command: str, ok: int | None = 0, timeout_s: float = 240) -> str:
     return done.stdout
 
 
-def fork(arguments: list[str], output: int, errors: int) -> int:
+def start(*command: str) -> "subprocess.Popen[str]":
+    """Start a program of the host."""
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def fork(arguments: list[str], output: int, errors: int, *, user: int = 0) -> int:
     """`millpond ARGUMENTS` in a child; its pid."""
     sys.stdout.flush()
     pid = os.fork()
@@ -56,6 +61,11 @@ def fork(arguments: list[str], output: int, errors: int) -> int:
         os.setsid()
         os.dup2(output, 1)
         os.dup2(errors, 2)
+        os.closerange(3, 256)  # what the script holds open is not the child's
+        if user:
+            os.setgroups([])
+            os.setresgid(user, user, user)
+            os.setresuid(user, user, user)
         code = main(arguments)
         sys.stdout.flush()
     finally:
@@ -69,7 +79,7 @@ def millpond(*arguments: str, code: int = 0) -> str:
         _, status = os.waitpid(fork(list(arguments), output.fileno(), errors.fileno()), 0)
     got = os.waitstatus_to_exitcode(status)
     said, complaint = Path(out).read_text(), Path(err).read_text()
-    assert got == code, f"millpond {arguments}: {got}, not {code}\n{said}{complaint}{log()}"
+    assert got == code, f"millpond {arguments}: {got}, not {code}\n{log()}{said}{complaint}"
     if code == 0:
         return said
     lines = complaint.strip().splitlines()
@@ -94,8 +104,9 @@ def until(holds: Callable[[], bool], what: str, timeout_s: float = 60) -> None:
 class Daemon:
     """`millpond up` over /dev/vda, and its restarts."""
 
-    def __init__(self, *arguments: str) -> None:
-        self.arguments = ["up", POND, "--size", "1GiB", "--cache-size", "512MiB", *arguments]
+    def __init__(self, directory: str = POND, *, size: str = "1GiB", user: int = 0) -> None:
+        self.arguments = ["up", directory, "--size", size, "--cache-size", "512MiB"]
+        self.user = user
         self.pid = 0
         self.start_s = 0.0
 
@@ -109,7 +120,7 @@ class Daemon:
                     ["millpond", *self.arguments], stdout=output, stderr=errors
                 ).pid
             else:
-                self.pid = fork(self.arguments, output.fileno(), errors.fileno())
+                self.pid = fork(self.arguments, output.fileno(), errors.fileno(), user=self.user)
         until(lambda: "nbd+unix://" in Path(out).read_text(), "ready")
         self.start_s = time.perf_counter() - begin
 
