@@ -1,5 +1,6 @@
 """In a guest: attach, file systems, verified load, trim, detach."""
 
+import json
 import os
 from pathlib import Path
 
@@ -33,7 +34,7 @@ assert queue(name, "logical_block_size") == "512"
 assert queue(name, "write_cache") == "write back"
 assert Path(f"/sys/block/{name}/backend").read_text().startswith("millpond/")
 assert int(Path(f"/sys/block/{name}/size").read_text()) * 512 == 1 << 30
-(listed,) = devices()
+(listed,) = json.loads(millpond("device", "list", "--json"))
 assert listed["served"] and listed["device"] == device and not listed["read_only"]
 
 fio(device, size="8M")

@@ -22,8 +22,6 @@ from kernel.inside.pond import (
     until,
 )
 
-NOBODY = 65534
-
 
 def refused(code: int, says: str, *arguments: str) -> None:
     """A command fails with a code and a line, and nothing has changed."""
@@ -58,10 +56,7 @@ assert millpond("attach", "disk", "--device", "nbd1") == "/dev/nbd1\n"
 refused(4, "attached already as /dev/nbd1", "attach", "disk")
 refused(4, "attached already as /dev/nbd1", "attach", "disk", "--exist-ok", "--read-only")
 assert millpond("attach", "disk", "--exist-ok") == "/dev/nbd1\n"
-os.mkdir(f"{POND}/poor")
-os.chown(f"{POND}/poor", NOBODY, NOBODY)
-os.chmod("/run/tmp/daemon.err", 0o666)
-poor = Daemon(f"{POND}/poor", user=NOBODY)
+poor = Daemon(f"{POND}/poor", poor=True)
 poor.start()
 line = millpond("attach", "disk", "--dir", f"{POND}/poor", code=13)
 assert "CAP_SYS_ADMIN" in line, line
