@@ -22,6 +22,8 @@ PYTHON_PACKAGES := python3-dev python3-venv
 DEMO_PACKAGES := qemu-system-x86 e2fsprogs busybox-static
 TEST_PACKAGES := fio libnbd-bin python3-libnbd nbdkit nbd-client qemu-utils \
 	qemu-system-common systemd libvirt-clients libxml2-utils
+# A guest with a real kernel, and what it does with a block device.
+TEST_PACKAGES += qemu-system-x86 busybox-static e2fsprogs xfsprogs util-linux
 # A guest that boots Debian with systemd; what make prove runs.
 PROVE_PACKAGES := debootstrap
 # libFuzzer and the sanitizers of clang; gcc brings its own.

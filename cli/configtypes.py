@@ -90,6 +90,14 @@ class NbdTable(Table, frozen=True, kw_only=True):
     group: Annotated[
         str | None, key("Group of the socket: whoever may connect may use every volume.", "kvm")
     ] = None
+    dead_timeout: Annotated[
+        Duration,
+        key(
+            "I/O to a kernel device (`millpond attach`) waits so long for a cache that is gone,"
+            " then fails.",
+            "24h",
+        ),
+    ] = Duration(24 * 3600)
 
 
 class ControlTable(Table, frozen=True, kw_only=True):

@@ -108,6 +108,8 @@ def check_boot() -> None:
     mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
     (device,) = (fields[0] for fields in mounts if fields[1] == str(PLACE))
     assert os.path.realpath("/dev/millpond/data") == os.path.realpath(device), device
+    ours = sh("journalctl", "-b", "-q", "--no-pager", "-u", "millpond-cache.service")
+    assert "not protected from memory shortage" not in ours, ours
     say("booted", device=device)
 
 
