@@ -71,7 +71,8 @@ class CacheTable(Table, frozen=True, kw_only=True):
 
 
 class NbdTable(Table, frozen=True, kw_only=True):
-    """Where guests connect."""
+    """Where guests connect. Permissions and group of a socket that systemd made are its unit's,
+    `millpond-cache.socket`, and the path is the same here and there."""
 
     socket: Annotated[str, key("Path of the unix socket.", "/run/millpond/nbd.sock")] = (
         "/run/millpond/nbd.sock"
