@@ -20,8 +20,12 @@ BUILD_PACKAGES := gcc libc6-dev liblz4-dev libxxhash-dev
 # Only the system's own Python needs these; another python3 brings its headers and venv.
 PYTHON_PACKAGES := python3-dev python3-venv
 DEMO_PACKAGES := qemu-system-x86 e2fsprogs busybox-static
-TEST_PACKAGES := fio libnbd-bin python3-libnbd nbdkit nbd-client qemu-utils systemd \
-	libvirt-clients libxml2-utils
+TEST_PACKAGES := fio libnbd-bin python3-libnbd nbdkit nbd-client qemu-utils \
+	qemu-system-common systemd libvirt-clients libxml2-utils
+# A guest with a real kernel, and what it does with a block device.
+TEST_PACKAGES += qemu-system-x86 busybox-static e2fsprogs xfsprogs util-linux
+# A guest that boots Debian with systemd; what make prove runs.
+PROVE_PACKAGES := debootstrap
 # libFuzzer and the sanitizers of clang; gcc brings its own.
 FUZZ_PACKAGES := clang libclang-rt-dev
 BENCH_PACKAGES := fio nbdkit qemu-utils
@@ -84,6 +88,8 @@ $(RUN)/demo.packages: Makefile
 	$(call install,demo,$(BUILD_PACKAGES) $(DEMO_PACKAGES))
 $(RUN)/test.packages: Makefile
 	$(call install,test,$(BUILD_PACKAGES) $(TEST_PACKAGES) $(FUZZ_PACKAGES))
+$(RUN)/prove.packages: Makefile
+	$(call install,prove,$(PROVE_PACKAGES) $(PYTHON_PACKAGES))
 $(RUN)/fuzz.packages: Makefile
 	$(call install,fuzz,$(BUILD_PACKAGES) $(FUZZ_PACKAGES))
 $(RUN)/bench.packages: Makefile
@@ -117,6 +123,7 @@ COMMAND = $(DESTDIR)$(PREFIX)/bin/millpond
 SETTINGS = $(DESTDIR)$(SYSCONFDIR)/millpond
 HOOKS = $(DESTDIR)$(SYSCONFDIR)/libvirt/hooks/qemu.d
 UNITS = $(DESTDIR)$(PREFIX)/lib/systemd/system
+RULES = $(DESTDIR)$(PREFIX)/lib/udev/rules.d
 SYSUSERS = $(DESTDIR)$(PREFIX)/lib/sysusers.d
 UNIT_FILES := $(wildcard cli/system/*.service cli/system/*.socket)
 # What people may edit: only made where there is none, only removed where it is as we made it.
@@ -129,7 +136,7 @@ install: $(RUN)/build.packages
 	@[[ -n "$(PYTHON)" ]] || $(python_missing)
 	$(not_ours)
 	[[ ! -e $(COMMAND) || -L $(COMMAND) ]] || $(call give_up,$@: $(COMMAND) is not ours)
-	mkdir -p $(LIBRARY) $(dir $(COMMAND)) $(SETTINGS) $(HOOKS) $(UNITS) $(SYSUSERS)
+	mkdir -p $(LIBRARY) $(dir $(COMMAND)) $(SETTINGS) $(HOOKS) $(UNITS) $(RULES) $(SYSUSERS)
 	touch $(MARK)
 	"$(PYTHON)" -m venv $(LIBRARY)
 	echo "make install: installing into $(LIBRARY)"
@@ -144,6 +151,7 @@ install: $(RUN)/build.packages
 		[[ -e $$file ]] || cp $(LIBRARY)/$${file##*/} $$file
 	done
 	for unit in $(UNIT_FILES); do $(for_here) $$unit > $(UNITS)/$${unit##*/}; done
+	cp cli/system/60-millpond.rules $(RULES)
 	cp cli/system/millpond.sysusers $(SYSUSERS)/millpond.conf
 	if [[ -n "$(DESTDIR)" ]]; then sed -i '1s|^#!$(DESTDIR)|#!|' $(LIBRARY)/bin/millpond; fi
 	ln -sfn ../lib/millpond/bin/millpond $(COMMAND)
@@ -159,7 +167,8 @@ uninstall:
 	rmdir $(SETTINGS) 2> /dev/null || true
 	rmdir $(HOOKS) 2> /dev/null || true
 	if [[ -e $(MARK) ]]; then
-		rm -f $(addprefix $(UNITS)/,$(notdir $(UNIT_FILES))) $(SYSUSERS)/millpond.conf
+		rm -f $(addprefix $(UNITS)/,$(notdir $(UNIT_FILES))) $(RULES)/60-millpond.rules \
+			$(SYSUSERS)/millpond.conf
 	fi
 	[[ "$$(readlink $(COMMAND))" != ../lib/millpond/bin/millpond ]] || rm $(COMMAND)
 	rm -rf $(LIBRARY)
@@ -216,7 +225,7 @@ format: $(RUN)/venv
 	$(VENV)/bin/ruff check --fix .
 
 # make prove WHAT=skeleton: every line of what an issue asked for, with its figure.
-prove: $(RUN)/test.packages $(RUN)/demo.packages $(RUN)/native
+prove: $(RUN)/test.packages $(RUN)/demo.packages $(RUN)/prove.packages $(RUN)/native
 	@[[ -n "$(WHAT)" ]] || $(call give_up,prove WHAT=NAME: a file of bench/prove)
 	PYTHONPATH=bench $(VENV)/bin/python -m prove.$(WHAT) $(ARGS)
 

@@ -9,6 +9,7 @@ import typer
 from millpond.cache.chance import Chance
 from millpond.cache.daemon import CacheConfig, CacheDaemon
 from millpond.cache.device import format_cache
+from millpond.cache.protect import protect_from_memory_shortage
 from millpond.cache.scrub import check_rate
 from millpond.cache.settings import VolumeSettings
 from millpond.cache.shaping import RateLimits
@@ -148,11 +149,13 @@ def serve(
         insecure_listen=insecure_listen or (file is not None and file.nbd.insecure_listen),
     )
     control_socket = _socket(control, file.control if file else None)
+    dead_timeout_s = int((file.nbd if file else NbdTable()).dead_timeout)
     check_machine()
     log_to_stderr()
+    protect_from_memory_shortage()
     raise_descriptor_limit()
     with expected_errors():
-        run(_serve(device, config, nbd_socket, tcp, control_socket))
+        run(_serve(device, config, nbd_socket, tcp, control_socket, dead_timeout_s))
 
 
 def _stores_of_environment() -> list[str]:
@@ -172,6 +175,7 @@ async def _serve(
     nbd_socket: Socket,
     nbd_tcp: Tcp | None,
     control_socket: Socket | None,
+    dead_timeout_s: int,
 ) -> None:
     signals = StopSignals()
     notifier, descriptors = Notifier.of_environment(), take_descriptors()
@@ -189,6 +193,7 @@ async def _serve(
         ready_lines=[nbd_uri(nbd_socket.path)],
         notifier=notifier,
         guests=take_guests(notifier, descriptors, daemon.engine.cache_id),
+        dead_timeout_s=dead_timeout_s,
     )
 
 

@@ -71,7 +71,8 @@ class CacheTable(Table, frozen=True, kw_only=True):
 
 
 class NbdTable(Table, frozen=True, kw_only=True):
-    """Where guests connect."""
+    """Where guests connect. Permissions and group of a socket that systemd made are its unit's,
+    `millpond-cache.socket`, and the path is the same here and there."""
 
     socket: Annotated[str, key("Path of the unix socket.", "/run/millpond/nbd.sock")] = (
         "/run/millpond/nbd.sock"
@@ -90,6 +91,14 @@ class NbdTable(Table, frozen=True, kw_only=True):
     group: Annotated[
         str | None, key("Group of the socket: whoever may connect may use every volume.", "kvm")
     ] = None
+    dead_timeout: Annotated[
+        Duration,
+        key(
+            "I/O to a kernel device (`millpond attach`) waits so long for a cache that is gone,"
+            " then fails.",
+            "24h",
+        ),
+    ] = Duration(24 * 3600)
 
 
 class ControlTable(Table, frozen=True, kw_only=True):

@@ -1,4 +1,4 @@
-"""`millpond attach`, `detach` and `device list`: volumes as kernel block devices of this host.
+"""`millpond attach`, `detach` and `device`: volumes as kernel block devices of this host.
 
 The running cache does it; these commands ask it over its control socket.  `attach` prints the path
 of the device and nothing else.
@@ -10,6 +10,7 @@ import typer
 
 from millpond.cache.control import call
 from millpond.cache.errors import AlreadyThere, VolumeUnknown
+from millpond.cli import devicexml
 from millpond.cli.foreground import expected_errors
 from millpond.cli.output import format_size, print_json, print_table
 from millpond.cli.run import run
@@ -20,7 +21,7 @@ CALL_TIMEOUT_S = 60.0
 
 app = typer.Typer(
     name="device",
-    help="The kernel block devices of this host.",
+    help="Volumes as block devices of this host, and as disks of guests.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -30,12 +31,13 @@ def register(parent: typer.Typer) -> None:
     """Add the commands."""
     parent.command("attach")(attach)
     parent.command("detach")(detach)
+    devicexml.register(app)
     parent.add_typer(app)
 
 
 @app.callback()
 def device() -> None:
-    """The kernel block devices of this host."""
+    """Volumes as block devices of this host, and as disks of guests."""
 
 
 def attach(

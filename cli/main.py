@@ -11,7 +11,19 @@ from typing import Any
 
 import typer
 
-from millpond.cli import cache, config, device, flush, map, status, store, up, version, volume
+from millpond.cli import (
+    cache,
+    config,
+    device,
+    flush,
+    hook,
+    map,
+    status,
+    store,
+    up,
+    version,
+    volume,
+)
 from millpond.cli.run import FAILED, USAGE, CommandError, complain
 from millpond.store.errors import StoreError
 
@@ -25,6 +37,7 @@ MODULES = (
     status,
     flush,
     map,
+    hook,
     version,
 )
 

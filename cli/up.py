@@ -25,6 +25,7 @@ from millpond.cache.chance import Chance
 from millpond.cache.daemon import CacheConfig, CacheDaemon
 from millpond.cache.device import format_cache, sync_directory
 from millpond.cache.errors import escaped
+from millpond.cache.protect import protect_from_memory_shortage
 from millpond.cli.configtypes import StoreTable
 from millpond.cli.foreground import (
     AverageRateOption,
@@ -86,6 +87,7 @@ def up(
     check_sizes(size_bytes, cache_bytes)
     check_machine()
     log_to_stderr()
+    protect_from_memory_shortage()
     raise_descriptor_limit()
     with place.locked(), expected_errors():
         run(_up(place, size_bytes, cache_bytes, settings, accept_loss=accept_loss))

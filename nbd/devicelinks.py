@@ -1,6 +1,6 @@
 """/dev/millpond/VOLUME -> /dev/nbdN, and what udev's rule needs to know to make the same link.
 
-    /run/millpond/devices/nbdN   MILLPOND_BACKEND=..., MILLPOND_NAME=... for 60-millpond.rules
+    /run/millpond/devices/nbdN   MILLPOND_BACKEND=, _NAME=, _VOLUME=, for 60-millpond.rules
     /dev/millpond/NAME           the link; made here too, for machines without udev
 
 Rules: a name is data: what is not plain is escaped as udev does (\\xNN), and one that is too long
@@ -50,6 +50,7 @@ class DeviceLinks:
         try:
             self._notes.mkdir(parents=True, exist_ok=True)
             text = f'MILLPOND_BACKEND="{backend}"\nMILLPOND_NAME="{link}"\n'
+            text += f'MILLPOND_VOLUME="{backend.volume_id.hex()}"\n'
             _replace(self._notes / f"nbd{index}", text)
             self._point(self._links / link, index, backend)
         except OSError as error:

@@ -19,8 +19,10 @@ from typing import Final
 from millpond.cache.errors import CacheError, VolumeBusy
 
 BACKEND_PREFIX: Final = "millpond"
-# In flight when the daemon dies: sent again one such tick after the new socket, at most.
-IO_TIMEOUT_MS: Final = 1000
+# What was in flight when the daemon died is sent again when its own timer fires: so long after it
+# was sent, and up to a second more, because the kernel rounds these timers up.  Shorter gains
+# nothing; 30 s, the default, is the pause that a guest would see.
+IO_TIMEOUT_MS: Final = 500
 # One record of the write log holds 4 MiB (native/format.h); larger requests only wait for memory.
 MAX_SECTORS_KIB: Final = 4096
 SECTOR_BYTES: Final = 512

@@ -6,6 +6,7 @@ with PlayedCache(path) as cache:
     assert cache.devices == {"web1": ...}; assert cache.asked == [...]
 """
 
+import hashlib
 import json
 import socketserver
 import threading
@@ -15,8 +16,13 @@ from types import TracebackType
 from typing import Any
 
 
+def id_of(name: str) -> str:
+    """The id that a played volume has."""
+    return hashlib.sha256(name.encode()).hexdigest()[:32]
+
+
 class PlayedCache:
-    """Serves "devices", "attach", "detach" and "volumes" from a thread."""
+    """Serves "devices", "attach", "detach" and "status" from a thread."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -76,9 +82,9 @@ class PlayedCache:
             self.asked.append(request)
             if request["op"] == "devices":
                 return {"devices": list(self.devices.values())}
-            if request["op"] == "volumes":
-                named = [{"name": name, "id": 32 * name[-1]} for name in sorted(self.volumes)]
-                return {"volumes": named, "engine": {}}
+            if request["op"] == "status":
+                named = [{"name": name, "id": id_of(name)} for name in sorted(self.volumes)]
+                return {"volumes": named, "stores": []}
             done = self._attach if request["op"] == "attach" else self._detach
             answer = done(request)
         self.after_attach()

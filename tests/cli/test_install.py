@@ -56,13 +56,14 @@ def test_install_and_uninstall_leave_nothing(tmp_path: Path, python: Path) -> No
     units = root / "usr/lib/systemd/system"
     assert {path.name for path in units.iterdir()} == {
         *("millpond-store.service", "millpond-cache.service", "millpond-cache.socket"),
-        "millpond-map.service",
+        *("millpond-map.service", "millpond-vhost-user@.service"),
     }
     cache = (units / "millpond-cache.service").read_text()
     assert "ExecStart=/usr/bin/millpond cache serve\n" in cache
     assert (root / "usr/lib/sysusers.d/millpond.conf").exists()
+    assert (root / "usr/lib/udev/rules.d/60-millpond.rules").exists()
     hook = root / "etc/libvirt/hooks/qemu.d/50-millpond"
-    assert os.access(hook, os.X_OK) and 'exec /usr/bin/millpond hook "$@"\n' in hook.read_text()
+    assert os.access(hook, os.X_OK) and '| /usr/bin/millpond hook "$@"' in hook.read_text()
     assert "# web1 " in (root / "etc/millpond/tab").read_text()
     assert make("install", root, python).returncode == 0, "again, as an upgrade does"
     assert make("uninstall", root, python).returncode == 0

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from kernel.guest import Guests
+from kernel.guest import Console, Guests
 
 
 @pytest.fixture(scope="module")
@@ -16,11 +16,42 @@ def guests(tmp_path_factory: pytest.TempPathFactory) -> Guests:
 Record = Callable[[str, object], None]
 
 
+def show(console: Console, record_property: Record) -> None:
+    """Its figures, and no complaint of the kernel's."""
+    assert not console.kernel_complaints()
+    for figure in console.figures:
+        record_property("figure", figure)
+
+
 def test_file_systems_and_verified_load_on_an_attached_volume(
     guests: Guests, record_property: Record
 ) -> None:
     """ext4 and XFS: mkfs, mount, fio, fstrim, check; and nothing is left after detach."""
-    console = guests.run("basics.py")
-    assert not console.kernel_complaints()
-    for figure in console.figures:
-        record_property("figure", figure)
+    show(guests.run("basics.py"), record_property)
+
+
+def test_daemon_is_killed_ten_times_under_two_devices_with_load(
+    guests: Guests, record_property: Record
+) -> None:
+    """Guests see pauses: no error, no wrong byte."""
+    show(guests.run("restart.py", "10"), record_property)
+
+
+def test_mistakes_are_one_line_and_leave_nothing(guests: Guests, record_property: Record) -> None:
+    """No module, no right, busy, unknown, mounted, open, lost; nbd-client; growth."""
+    show(guests.run("mistakes.py", without="nbd"), record_property)
+
+
+def test_page_cache_of_a_small_machine_goes_to_a_device_of_its_own(
+    guests: Guests, record_property: Record
+) -> None:
+    """512 MiB of memory, 2 GiB written: no deadlock."""
+    show(guests.run("pressure.py", memory_mib=512), record_property)
+
+
+@pytest.mark.long
+def test_pause_is_the_start_of_the_command_and_little_more(
+    guests: Guests, record_property: Record
+) -> None:
+    """The same with the installed command, which takes most of its time to start."""
+    show(guests.run("restart.py", "10", "real"), record_property)

@@ -1,5 +1,6 @@
 """In a guest: attach, file systems, verified load, trim, detach."""
 
+import json
 import os
 from pathlib import Path
 
@@ -26,24 +27,24 @@ device = millpond("attach", "disk").strip()
 say(f"attached {device}")
 name = device.removeprefix("/dev/")
 assert os.readlink("/dev/millpond/disk") == f"../{name}"
-assert queue(name, "io_timeout") == "1000"
+assert queue(name, "io_timeout") == "500"
 assert "[none]" in queue(name, "scheduler")
 assert queue(name, "rotational") == "0"
 assert queue(name, "logical_block_size") == "512"
 assert queue(name, "write_cache") == "write back"
 assert Path(f"/sys/block/{name}/backend").read_text().startswith("millpond/")
 assert int(Path(f"/sys/block/{name}/size").read_text()) * 512 == 1 << 30
-(listed,) = devices()
+(listed,) = json.loads(millpond("device", "list", "--json"))
 assert listed["served"] and listed["device"] == device and not listed["read_only"]
 
-fio(device)
+fio(device, size="8M")
 say("fio on the device")
 for kind in ("ext4", "xfs"):
     sh("wipefs", "-qa", device)
     sh(f"mkfs.{kind}", "-q", device)
     os.makedirs("/run/disk", exist_ok=True)
     sh("mount", device, "/run/disk")
-    fio("/run/disk/file", size="24M")
+    fio("/run/disk/file", size="8M")
     os.unlink("/run/disk/file")
     trimmed = sh("fstrim", "-v", "/run/disk").strip()
     sh("umount", "/run/disk")

@@ -1,0 +1,132 @@
+"""In a guest that has not loaded the nbd module: every mistake is one line and leaves nothing.
+
+Then what others do to our devices, a daemon lost while it attaches, and a volume that grows.
+"""
+
+import os
+import time
+from pathlib import Path
+
+from kernel.inside.pond import (
+    MIB,
+    POND,
+    Daemon,
+    clean,
+    devices,
+    fork,
+    held_by,
+    millpond,
+    prepare,
+    say,
+    sh,
+    until,
+)
+
+
+def refused(code: int, says: str, *arguments: str) -> None:
+    """A command fails with a code and a line, and nothing has changed."""
+    before = held_by(daemon.pid), devices()
+    line = millpond(*arguments, code=code)
+    assert says in line, f"{arguments}: {line!r} does not say {says!r}"
+    until(lambda: (held_by(daemon.pid), devices()) == before, "as before")
+    say(f"{code}: {line}")
+
+
+prepare()
+daemon = Daemon()
+daemon.start()
+devices()
+refused(1, "modprobe nbd", "attach", "disk")
+sh("busybox", "insmod", "/run/modules/nbd.ko", "nbds_max=3", "max_part=8")
+refused(3, "no volume named", "attach", "nothing")
+refused(1, "is no NBD device", "attach", "disk", "--device", "/dev/vda")
+refused(3, "not attached", "detach", "disk")
+
+# The standard tool uses our socket, and has a device.
+sh("nbd-client", "-unix", f"{POND}/nbd.sock", "/dev/nbd1", "-N", "disk")
+sh("mkfs.ext4", "-q", "/dev/nbd1")
+until(lambda: Path("/sys/block/nbd1/pid").exists(), "nbd-client is connected")
+refused(5, "/dev/nbd1 is in use", "attach", "disk", "--device", "/dev/nbd1")
+sh("nbd-client", "-d", "/dev/nbd1")
+clean("nbd1")
+say("nbd-client came and went")
+
+# A cache without rights, which must not touch the other cache's device either.
+assert millpond("attach", "disk", "--device", "nbd1") == "/dev/nbd1\n"
+refused(4, "attached already as /dev/nbd1", "attach", "disk")
+refused(4, "attached already as /dev/nbd1", "attach", "disk", "--exist-ok", "--read-only")
+assert millpond("attach", "disk", "--exist-ok") == "/dev/nbd1\n"
+poor = Daemon(f"{POND}/poor", poor=True)
+poor.start()
+line = millpond("attach", "disk", "--dir", f"{POND}/poor", code=13)
+assert "CAP_SYS_ADMIN" in line, line
+assert devices()[0]["served"] and not Path("/sys/block/nbd2/pid").exists()
+poor.stop()
+say(f"13: {line}")
+
+# In use.
+os.makedirs("/run/disk", exist_ok=True)
+sh("mount", "/dev/nbd1", "/run/disk")
+refused(5, "/dev/nbd1 is mounted at /run/disk", "detach", "disk")
+sh("umount", "/run/disk")
+opened = os.open("/dev/nbd1", os.O_RDONLY)
+refused(5, "/dev/nbd1 is open in ", "detach", "/dev/nbd1")
+os.close(opened)
+
+# It grows with its volume.
+millpond("volume", "resize", "disk", "1280MiB")
+until(lambda: Path("/sys/block/nbd1/size").read_text().strip() == str(1280 * MIB // 512), "grown")
+sh("dd", "if=/dev/zero", "of=/dev/nbd1", "bs=1M", "seek=1200", "count=8", "oflag=direct")
+assert devices()[0]["size_bytes"] == 1280 * MIB
+sh("mount", "/dev/nbd1", "/run/disk")
+sh("resize2fs", "/dev/nbd1")
+sh("umount", "/run/disk")
+say("grown")
+
+# Others disconnect it: while the cache runs, and while it does not.
+sh("nbd-client", "-d", "/dev/nbd1")
+clean("nbd1")
+until(lambda: not devices(), "forgotten")
+millpond("attach", "disk")
+daemon.kill()
+sh("nbd-client", "-d", "/dev/nbd0")
+daemon.start()
+clean("nbd0")
+assert not devices()
+
+# Read-only.
+device = millpond("attach", "disk", "--read-only").strip()
+assert Path("/sys/block/nbd0/ro").read_text().strip() == "1"
+said = sh("dd", "if=/dev/zero", f"of={device}", "bs=4k", "count=1", "oflag=direct", ok=1)
+assert "not permitted" in said or "Read-only" in said, said
+daemon.kill()
+daemon.start()
+(listed,) = devices()
+assert listed["read_only"] and listed["served"], listed
+sh("dd", f"if={device}", "of=/dev/null", "bs=1M", "count=4", "iflag=direct")
+millpond("detach", "disk")
+clean("nbd0")
+say("read-only")
+
+# Lost while it attaches: the device is there, and then it is served, or it is not.
+kept = 0
+for delay_s in (0.0, 0.03, 0.06, 0.1, 0.3):
+    with open(os.devnull, "w") as nowhere:
+        asker = fork(["attach", "disk"], nowhere.fileno(), nowhere.fileno())
+    time.sleep(0.1 + delay_s)
+    daemon.kill()
+    _, status = os.waitpid(asker, 0)
+    code = os.waitstatus_to_exitcode(status)
+    assert code in (0, 6), code
+    there = Path("/sys/block/nbd0/pid").exists()
+    assert there or code == 6, "it said that it had attached"
+    daemon.start()
+    assert [each["served"] for each in devices()] == [True] * there, devices()
+    if there:
+        sh("dd", "if=/dev/nbd0", "of=/dev/null", "bs=1M", "count=1", "iflag=direct")
+        millpond("detach", "disk")
+    kept += there
+    clean("nbd0")
+print(f"FIGURE killed while attaching, 5 times: attached {kept} times, never in between")
+daemon.stop()
+say("stopped")
