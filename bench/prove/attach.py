@@ -53,5 +53,17 @@ def mistakes() -> Outcome:
     )
 
 
+@registry.line("qemu", "the same restarts through qemu's NBD client; planned ones keep connections")
+def qemu() -> Outcome:
+    """The listening socket outlives the daemon."""
+    return tests(
+        "attach-qemu",
+        "tests/kernel/test_qemu_client.py",
+        "tests/torture/test_restart.py",
+        "tests/sim/test_leave.py",
+        "tests/cache/test_handover.py",
+    )
+
+
 if __name__ == "__main__":
     sys.exit(main(registry))

@@ -175,6 +175,8 @@ def third() -> None:
     verify("two")
     resumed()
     under_load("restart", lambda: sh("systemctl", "restart", "millpond-cache.service"))
+    ours = sh("journalctl", "-b", "-q", "--no-pager", "-u", "millpond-cache.service")
+    assert "kernel device goes on" in ours, "its connection was not kept\n" + ours
     under_load("kill", lambda: sh("systemctl", "kill", "-s", "KILL", "millpond-cache.service"))
     ask("flush", volume="data", now=True)
     wait_until("all is shipped", lambda: volume()["dirty_bytes"] == 0)

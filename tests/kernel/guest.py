@@ -11,6 +11,7 @@ with the last lines of the console.
 import compileall
 import re
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,14 +58,24 @@ class Guests:
         for room in ("native", "store", "cache", "nbd", "cli", "tests/kernel"):
             compileall.compile_dir(ROOT / room, quiet=1)  # no guest should have to
 
+    def log_of(self, script: str) -> Path:
+        """Its console, while it runs."""
+        return self._work / f"{script}.log"
+
     def run(
-        self, script: str, *arguments: str, memory_mib: int = 1024, without: str = ""
+        self,
+        script: str,
+        *arguments: str,
+        memory_mib: int = 1024,
+        without: str = "",
+        devices: Sequence[str] = (),
     ) -> Console:
         """Boot, run inside/SCRIPT with its arguments (no spaces in them), power off.
 
-        without: a module that the script loads itself, from /run/modules.
+        without: a module that the script loads itself, from /run/modules.  devices: more of qemu's
+        arguments.
         """
-        log = self._work / f"{script}.log"
+        log = self.log_of(script)
         disk = self._work / f"{script}.disk"
         with disk.open("wb") as file:
             file.truncate(DISK_BYTES)
@@ -85,6 +96,7 @@ class Guests:
         command += ["-fsdev", share, "-device", "virtio-9p-pci,fsdev=root,mount_tag=host"]
         drive = f"file={disk},format=raw,if=none,id=disk,cache=unsafe,discard=unmap"
         command += ["-drive", drive, "-device", "virtio-blk-pci,drive=disk"]
+        command += devices
         log.unlink(missing_ok=True)
         try:
             done = subprocess.run(

@@ -7,21 +7,16 @@ tried: descriptions that are damaged or lost on the way: guests connect again, n
 
 import os
 import random
-import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import nbdclient
-from millpond.cache.chance import Chance
-from millpond.cache.device import format_cache
-from servicemanager import ServiceManager
 from torture.amounts import amount, seed_for
-from torture.commands import millpond
-from torture.daemons import MIB, Daemon
+from torture.daemons import MIB
 from torture.guests import Guest
+from torture.managed import site
 
 SIZE_BYTES = 64 * MIB
 GUESTS = 2
@@ -31,59 +26,12 @@ STATE, GUEST = "millpond-guests", "millpond-guest-"
 HERE = "tests/torture/test_restart.py"
 
 
-class Site:
-    """A store, and a cache that a service manager starts."""
-
-    def __init__(self, folder: Path, manager: ServiceManager, store: Daemon) -> None:
-        self.folder, self.manager, self.store = folder, manager, store
-        self.uri = f"nbd+unix:///?socket={folder}/nbd.sock"
-        self.log = folder / "cache.log"
-        self._cache = manager.start(self._arguments, self.log)
-
-    @property
-    def _arguments(self) -> list[str]:
-        store, control = f"unix:{self.folder}/store.sock", f"{self.folder}/control.sock"
-        arguments = ["cache", "serve", f"{self.folder}/cache", "--store", store]
-        return [*arguments, "--nbd", f"{self.folder}/nbd.sock", "--control", control]
-
-    def stop(self) -> None:
-        """As systemctl stop, or the first half of a restart."""
-        self._cache.terminate()
-        assert self._cache.wait(120) == 0, self.log.read_text()[-4000:]
-
-    def start(self) -> None:
-        """The second half."""
-        self._cache = self.manager.start(self._arguments, self.log)
-
-
-@contextmanager
-def site(folder: Path) -> Iterator[Site]:
-    """With a volume `disk`, being served."""
-    (folder / "store").mkdir()
-    address = f"unix:{folder}/store.sock"
-    store = Daemon(
-        folder / "store.log",
-        *("store", "serve", folder / "store", "--format", "--listen", address),
-    )
-    store.start()
-    millpond("volume", "create", "disk", "--size", str(SIZE_BYTES), "--store", address)
-    format_cache(str(folder / "cache"), size_bytes=512 * MIB, chance=Chance())
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(f"{folder}/nbd.sock")
-        listener.listen()
-        with ServiceManager(folder, {"nbd": listener}) as manager:
-            made = Site(folder, manager, store)
-            yield made
-            made.stop()
-    store.stop()
-
-
 def test_guests_keep_their_connections_over_restarts(
     tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     restarts = amount("RESTARTS", usual=5, prove=30)
     chance = random.Random(seed_for(HERE, 5))
-    with site(tmp_path) as made:
+    with site(tmp_path, SIZE_BYTES) as made:
         guests = [
             Guest(
                 made.uri,
@@ -123,7 +71,7 @@ def test_guests_keep_their_connections_over_restarts(
 def test_what_is_lost_on_the_way_is_shut_down_and_guests_connect_again(
     tmp_path: Path, lost: str
 ) -> None:
-    with site(tmp_path) as made:
+    with site(tmp_path, SIZE_BYTES) as made:
         old = nbdclient.connect(made.uri, export="disk")
         old.write(0, b"w" * 4096)
         made.stop()
