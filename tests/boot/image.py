@@ -27,9 +27,11 @@ PACKAGES = (
 MIB = 1 << 20
 IMAGE_BYTES, VOLUME_BYTES, CACHE_BYTES = 3 << 30, 256 * MIB, 512 * MIB
 MOUNT = "/srv/data"
+# As README and the sample of the tab say it.
+OPTIONS = "_netdev,x-systemd.requires=millpond-map.service,x-systemd.device-timeout=10min"
 FSTAB = f"""\
 /dev/vda / ext4 errors=remount-ro 0 1
-/dev/millpond/data {MOUNT} ext4 _netdev,x-systemd.requires=millpond-map.service 0 0
+/dev/millpond/data {MOUNT} ext4 {OPTIONS} 0 0
 """
 # Slower than the guest writes, so that its log is dirty when it is told to stop.
 CACHE = """\
