@@ -48,7 +48,7 @@ def run_cases(
 ) -> Counter[str]:
     """case(chance) forks and returns what came of it; Broken gets the number."""
     outcomes: Counter[str] = Counter()
-    count = amount("SPOILS", usual=150, prove=3000)
+    count = amount("SPOILS", usual=80, prove=3000)
     for index in range(count):
         try:
             outcomes[case(random.Random(f"{seed} {name} {index}"))] += 1

@@ -187,6 +187,7 @@ def test_store_is_clean_through_its_life(store: Store) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.long
 def test_copies_of_a_store_that_stands_still_in_its_work_are_clean(store: Store) -> None:
     with store.serving():
         assert store.process

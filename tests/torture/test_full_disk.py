@@ -184,6 +184,7 @@ def test_full_store_goes_on_when_another_guest_trims(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.long
 def test_store_full_of_what_was_overwritten_empties_itself_though_killed_again_and_again(
     tmp_path: Path,
 ) -> None:

@@ -88,7 +88,7 @@ def test_kill_9_during_verified_load(
     tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     seed = seed_for("tests/torture/test_kill.py", 20261120)
-    count = amount("KILLS", usual=10, prove=50)
+    count = amount("KILLS", usual=6, prove=50)
     chance = random.Random(seed)
     kills = schedule(chance, count)
     print("\n".join(f"kill {index + 1}: {line}" for index, line in enumerate(kills)))

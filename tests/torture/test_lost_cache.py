@@ -136,7 +136,7 @@ def test_lost_cache_leaves_an_exact_earlier_state(
     tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     seed = seed_for("tests/torture/test_lost_cache.py", 42)
-    tries = amount("LOSSES", usual=5, prove=20)
+    tries = amount("LOSSES", usual=3, prove=20)
     lost = []
     for index in range(tries):
         chance = random.Random(f"{seed} {index}")

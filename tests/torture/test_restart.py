@@ -29,7 +29,7 @@ HERE = "tests/torture/test_restart.py"
 def test_guests_keep_their_connections_over_restarts(
     tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    restarts = amount("RESTARTS", usual=5, prove=30)
+    restarts = amount("RESTARTS", usual=4, prove=30)
     chance = random.Random(seed_for(HERE, 5))
     with site(tmp_path, SIZE_BYTES) as made:
         guests = [
