@@ -1,5 +1,6 @@
 """`millpond device xml`: what libvirt's own schema says of it, and what is in it."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -9,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+import nbdclient
 from controlserver import PlayedCache, id_of
 from millpond.cli.hook import volume_of
 from millpond.cli.main import main
 from millpond.cli.run import NOT_FOUND, UNREACHABLE, USAGE
+from millpondprocess import Millpond
 
 SCHEMAS = Path("/usr/share/libvirt/schemas")
 # libvirt 11.3 and newer; the schema of Debian 12 is older than the element.
@@ -144,3 +147,20 @@ def test_what_cannot_be_shown(
     assert main(["device", "xml", "web1", "--target", "../x", *control]) == USAGE
     assert main(["device", "xml", "web1", "--control", str(tmp_path / "none")]) == UNREACHABLE
     assert capsys.readouterr().err.count("\n") == 4
+
+
+def test_real_cache_knows_the_id_of_a_volume_in_use_and_its_store_of_any_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "millpond"
+    control = ["--control", str(place / "control.sock")]
+    with Millpond(place, size_bytes=64 << 20, cache_bytes=256 << 20) as millpond:
+        assert main(["volume", "create", "other", "1GiB", "--dir", str(place)]) == 0
+        assert main(["volume", "list", "--json", "--dir", str(place)]) == 0
+        ids = {each["name"]: each["id"] for each in json.loads(capsys.readouterr().out)}
+        with nbdclient.connect(millpond.uri.replace("///", "///disk")):
+            for name in ("disk", "other"):
+                assert main(["device", "xml", name, *control]) == 0
+                disk = ElementTree.fromstring(capsys.readouterr().out)
+                assert disk.findtext("serial") == ids[name][:20]
+        assert main(["device", "xml", "none", *control]) == NOT_FOUND
