@@ -3,8 +3,8 @@
 Then what others do to our devices, a daemon lost while it attaches, and a volume that grows.
 """
 
+import asyncio
 import os
-import time
 from pathlib import Path
 
 from kernel.inside.pond import (
@@ -13,7 +13,6 @@ from kernel.inside.pond import (
     Daemon,
     clean,
     devices,
-    fork,
     held_by,
     millpond,
     prepare,
@@ -21,6 +20,8 @@ from kernel.inside.pond import (
     sh,
     until,
 )
+from millpond.cache.control import call
+from millpond.cache.errors import CacheAway
 
 
 def refused(code: int, says: str, *arguments: str) -> None:
@@ -108,25 +109,35 @@ millpond("detach", "disk")
 clean("nbd0")
 say("read-only")
 
+
+async def attach_and_kill(delay_s: float) -> bool:
+    """Ask, kill the daemon so much later; whether it had said that it attached."""
+    asking = asyncio.create_task(call(f"{POND}/control.sock", "attach", volume="disk"))
+    await asyncio.sleep(delay_s)
+    daemon.kill()
+    try:
+        await asking
+    except CacheAway:
+        return False
+    return True
+
+
 # Lost while it attaches: the device is there, and then it is served, or it is not.
 kept = 0
-for delay_s in (0.0, 0.03, 0.06, 0.1, 0.3):
-    with open(os.devnull, "w") as nowhere:
-        asker = fork(["attach", "disk"], nowhere.fileno(), nowhere.fileno())
-    time.sleep(0.1 + delay_s)
-    daemon.kill()
-    _, status = os.waitpid(asker, 0)
-    code = os.waitstatus_to_exitcode(status)
-    assert code in (0, 6), code
+DELAYS_S = (0.01, 0.05, 0.1, 0.2, 0.4, 0.8)
+for delay_s in DELAYS_S:
+    said_so = asyncio.run(attach_and_kill(delay_s))
     there = Path("/sys/block/nbd0/pid").exists()
-    assert there or code == 6, "it said that it had attached"
+    assert there or not said_so, "it said that it had attached"
     daemon.start()
     assert [each["served"] for each in devices()] == [True] * there, devices()
     if there:
         sh("dd", "if=/dev/nbd0", "of=/dev/null", "bs=1M", "count=1", "iflag=direct")
-        millpond("detach", "disk")
+        asyncio.run(call(f"{POND}/control.sock", "detach", volume="disk"))
     kept += there
     clean("nbd0")
-print(f"FIGURE killed while attaching, 5 times: attached {kept} times, never in between")
-daemon.stop()
-say("stopped")
+print(f"FIGURE killed while attaching, {len(DELAYS_S)} times: {kept} devices, all served again")
+daemon.kill()
+line = millpond("attach", "disk", code=6)
+assert "no cache answers at" in line, line
+say(f"6: {line}")

@@ -173,9 +173,16 @@ def clean(device: str) -> None:
     """Nothing of a device is left."""
     until(lambda: not Path(f"/sys/block/{device}/pid").exists(), f"{device} disconnected")
     assert not Path(f"/sys/block/{device}/backend").exists()
-    links = list(Path("/dev/millpond").glob("*")) if Path("/dev/millpond").exists() else []
-    assert not links, links
-    assert not list(Path("/run/millpond/devices").glob("*")), "a note is left"
+    until(lambda: not entries("/dev/millpond"), "no link is left")
+    until(lambda: not entries("/run/millpond/devices"), "no note is left")
+
+
+def entries(directory: str) -> list[str]:
+    """Of a directory that may come and go."""
+    try:
+        return os.listdir(directory)
+    except FileNotFoundError:
+        return []
 
 
 def fio(target: str, *, size: str = "16M", seconds: int = 0, rw: str = "randwrite") -> str:

@@ -1,0 +1,376 @@
+"""Kernel devices over a played kernel: whose they are, what is taken up again, names, refusals.
+
+What a real kernel does is in tests/kernel.
+"""
+
+import asyncio
+import errno
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from millpond.cache.errors import AlreadyThere, CacheError, NotPermitted, VolumeBusy, VolumeUnknown
+from millpond.cache.exports import Agreed, Export, ExportError, OnClosed
+from millpond.cache.tasks import Tasks
+from millpond.nbd.devicelinks import link_name
+from millpond.nbd.devices import KernelDevices
+from millpond.nbd.netlink import refusal
+from millpond.nbd.sysfs import Backend, Sysfs, index_of
+
+OURS, THEIRS = bytes(15) + b"\1", bytes(15) + b"\2"
+VOLUME = bytes(15) + b"\7"
+SIZE = 1 << 20
+
+
+class PlayedKernel:
+    """Its netlink calls change a tree of plain files; it takes or ignores sockets."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.sockets: dict[int, socket.socket] = {}
+        self.ignored = 0  # so many RECONFIGUREs come too early
+
+    def plug(self, index: int, backend: str, size_bytes: int = SIZE, ro: int = 0) -> None:
+        """A device is there."""
+        here = self.root / "sys" / "block" / f"nbd{index}"
+        (here / "queue").mkdir(parents=True, exist_ok=True)
+        values = {"pid": "77", "backend": backend, "size": str(size_bytes // 512), "ro": str(ro)}
+        values |= {"queue/io_timeout": "30000", "queue/scheduler": "[mq-deadline] none"}
+        for name, value in values.items():
+            (here / name).write_text(value + "\n")
+        device = self.root / "dev" / f"nbd{index}"
+        device.parent.mkdir(exist_ok=True)
+        device.write_bytes(b"")
+
+    def value(self, index: int, name: str) -> str:
+        return (self.root / "sys" / "block" / f"nbd{index}" / name).read_text().strip()
+
+    def load(self) -> None:
+        """Nothing to import."""
+
+    def connect(self, sock: socket.socket, *, index: int | None, **what: Any) -> int:
+        index = 0 if index is None else index
+        self.plug(index, what["backend"], what["size_bytes"], what["server_flags"] >> 1 & 1)
+        self.sockets[index] = sock.dup()
+        return index
+
+    def reconfigure(
+        self,
+        index: int,
+        *,
+        backend: str,
+        sock: socket.socket | None = None,
+        size_bytes: int | None = None,
+        dead_timeout_s: int | None = None,
+    ) -> None:
+        assert self.value(index, "backend") == backend
+        if size_bytes is not None:
+            size = self.root / "sys" / "block" / f"nbd{index}" / "size"
+            size.write_text(str(size_bytes // 512))
+        if sock is not None and self.ignored:
+            self.ignored -= 1
+        elif sock is not None:
+            self.sockets[index] = sock.dup()
+
+    def disconnect(self, index: int) -> None:
+        self.sockets.pop(index).close()
+        (self.root / "sys" / "block" / f"nbd{index}" / "pid").unlink()
+
+
+class PlayedExport:
+    """Held by one client."""
+
+    def __init__(self, exports: "PlayedExports", export: Export) -> None:
+        self.export = export
+        self._exports = exports
+
+    def handover(
+        self, sock: socket.socket, received: bytes, agreed: Agreed, closed: OnClosed = None
+    ) -> None:
+        self._exports.agreed.append(agreed)
+        ours = socket.socket(fileno=sock.detach())
+        task = asyncio.ensure_future(self._until_end(ours, closed))
+        self._exports.serving.add(task)
+
+    async def _until_end(self, sock: socket.socket, closed: OnClosed) -> None:
+        with sock:
+            assert await asyncio.get_running_loop().sock_recv(sock, 1) == b""
+        assert closed is not None
+        closed()
+
+    async def release(self) -> None:
+        self._exports.released += 1
+
+
+class PlayedExports:
+    """One volume, `disk`."""
+
+    def __init__(self) -> None:
+        self.export = Export("disk", SIZE, False, "", VOLUME)
+        self.refusal: ExportError | None = None
+        self.serving: set[asyncio.Future[None]] = set()
+        self.agreed: list[Agreed] = []
+        self.opened = self.released = 0
+
+    def names(self) -> list[str]:
+        return ["disk"]
+
+    async def describe(self, name: str) -> Export:
+        return self.export
+
+    async def open(self, name: str) -> PlayedExport:
+        if name != "disk":
+            raise ExportError("unknown", f"volume {name}: no such volume")
+        return await self.open_id(VOLUME)
+
+    async def open_id(self, volume_id: bytes) -> PlayedExport:
+        assert volume_id == VOLUME
+        if self.refusal is not None:
+            raise self.refusal
+        self.opened += 1
+        return PlayedExport(self, self.export)
+
+    async def grow(self, volume_ids: Sequence[bytes]) -> dict[bytes, int]:
+        return dict.fromkeys(volume_ids, self.export.size_bytes)
+
+
+class Stage:
+    """A daemon's devices over all of it."""
+
+    def __init__(self, root: Path) -> None:
+        self.kernel = PlayedKernel(root)
+        self.exports = PlayedExports()
+        self.failures: list[BaseException] = []
+        self.tasks = Tasks(self.failures.append)
+        self.devices = KernelDevices(
+            self.exports, OURS, self.tasks, sysfs=Sysfs(str(root)), netlink=self.kernel
+        )
+        self.links = root / "dev" / "millpond"
+
+
+def play(root: Path, scenario: Callable[[Stage], Awaitable[None]]) -> None:
+    """Run it; nothing may have died."""
+
+    async def main() -> None:
+        stage = Stage(root)
+        await scenario(stage)
+        await stage.devices.close()
+        await stage.tasks.cancel_all()
+        for each in stage.kernel.sockets.values():
+            each.close()
+        await asyncio.gather(*stage.exports.serving)
+        assert not stage.failures
+
+    asyncio.run(main())
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Soon, or never."""
+    async with asyncio.timeout(20):
+        while not holds():  # noqa: ASYNC110  (what it waits for has no event)
+            await asyncio.sleep(0.01)
+
+
+def test_attached_then_detached_and_nothing_is_left(tmp_path: Path) -> None:
+    async def scenario(stage: Stage) -> None:
+        made = await stage.devices.attach("disk")
+        assert made["device"] == "/dev/nbd0" and made["served"] and not made["read_only"]
+        assert stage.kernel.value(0, "backend") == str(Backend(OURS, VOLUME))
+        assert stage.kernel.value(0, "queue/io_timeout") == "500"
+        assert stage.kernel.value(0, "queue/scheduler") == "none"
+        assert (stage.links / "disk").readlink() == Path("../nbd0")
+        with pytest.raises(AlreadyThere, match="already as /dev/nbd0"):
+            await stage.devices.attach("disk")
+        assert stage.exports.released == 1
+        await stage.devices.detach(str(stage.links / "disk"))
+        assert stage.devices.list() == [] and not stage.links.exists()
+        assert not (tmp_path / "run" / "millpond" / "devices").exists()
+        with pytest.raises(VolumeUnknown, match="not attached"):
+            await stage.devices.detach("disk")
+
+    play(tmp_path, scenario)
+
+
+def test_device_of_another_cache_and_of_a_stranger_are_left_alone(tmp_path: Path) -> None:
+    async def scenario(stage: Stage) -> None:
+        stage.kernel.plug(0, str(Backend(THEIRS, VOLUME)))
+        stage.kernel.plug(1, "")
+        stage.kernel.plug(2, f"millpond/{OURS.hex()}")
+        await stage.devices.start()
+        assert stage.devices.list() == [] and stage.exports.opened == 0
+        for index in range(3):
+            with pytest.raises(VolumeBusy, match="in use"):
+                await stage.devices.attach("disk", device=f"/dev/nbd{index}")
+        assert stage.exports.opened == 0
+
+    play(tmp_path, scenario)
+
+
+def test_our_device_is_taken_up_at_the_start(tmp_path: Path) -> None:
+    async def scenario(stage: Stage) -> None:
+        stage.kernel.plug(3, str(Backend(OURS, VOLUME)), ro=1)
+        await stage.devices.start()
+        (found,) = stage.devices.list()
+        assert found["device"] == "/dev/nbd3" and found["served"] and found["read_only"]
+        assert stage.exports.agreed == [Agreed(read_only=True)]
+        await until(lambda: (stage.links / "disk").is_symlink())
+
+    play(tmp_path, scenario)
+
+
+@pytest.mark.expects_warnings
+def test_store_is_away_at_the_start_and_comes_back(tmp_path: Path) -> None:
+    async def scenario(stage: Stage) -> None:
+        stage.kernel.plug(0, str(Backend(OURS, VOLUME)))
+        stage.exports.refusal = ExportError("platform", "the store is away")
+        await stage.devices.start()
+        (found,) = stage.devices.list()
+        assert not found["served"] and found["problem"] == "the store is away"
+        with pytest.raises(VolumeBusy, match="the store is away"):
+            await stage.devices.detach("/dev/nbd0")
+        stage.exports.refusal = None
+        await until(lambda: bool(stage.devices.list()[0]["served"]))
+        assert stage.devices.list()[0]["problem"] is None
+
+    play(tmp_path, scenario)
+
+
+def test_kernel_ignores_a_socket_while_the_old_one_lives(tmp_path: Path) -> None:
+    async def scenario(stage: Stage) -> None:
+        stage.kernel.plug(0, str(Backend(OURS, VOLUME)))
+        stage.kernel.ignored = 3
+        await stage.devices.start()
+        await until(lambda: 0 in stage.kernel.sockets)
+        assert stage.devices.list()[0]["served"] and stage.exports.opened == 4
+
+    play(tmp_path, scenario)
+
+
+def test_connection_ends_while_we_live(tmp_path: Path) -> None:
+    async def scenario(stage: Stage) -> None:
+        await stage.devices.attach("disk")
+        stage.kernel.sockets.pop(0).close()
+        await until(lambda: 0 in stage.kernel.sockets and bool(stage.devices.list()[0]["served"]))
+        assert stage.exports.opened == 2
+
+    play(tmp_path, scenario)
+
+
+@pytest.mark.expects_warnings
+def test_device_is_disconnected_behind_our_back(tmp_path: Path) -> None:
+    async def scenario(stage: Stage) -> None:
+        await stage.devices.attach("disk")
+        stage.kernel.disconnect(0)
+        await until(lambda: stage.devices.list() == [] and not stage.links.exists())
+
+    play(tmp_path, scenario)
+
+
+@pytest.mark.expects_warnings
+@pytest.mark.parametrize(
+    ("now", "says"),
+    [
+        (Export("disk", SIZE // 2, False, "", VOLUME), "made smaller"),
+        (Export("disk", SIZE, True, "", VOLUME), "attached writable"),
+    ],
+)
+def test_volume_that_a_guest_would_not_know_again_is_not_served(
+    tmp_path: Path, now: Export, says: str
+) -> None:
+    async def scenario(stage: Stage) -> None:
+        stage.kernel.plug(0, str(Backend(OURS, VOLUME)))
+        stage.exports.export = now
+        await stage.devices.start()
+        (found,) = stage.devices.list()
+        assert not found["served"] and says in found["problem"]
+        assert stage.exports.released >= 1 and not stage.kernel.sockets
+
+    play(tmp_path, scenario)
+
+
+def test_volume_grew_while_nobody_served_it(tmp_path: Path) -> None:
+    async def scenario(stage: Stage) -> None:
+        stage.kernel.plug(0, str(Backend(OURS, VOLUME)))
+        stage.exports.export = Export("renamed", 2 * SIZE, False, "", VOLUME)
+        await stage.devices.start()
+        (found,) = stage.devices.list()
+        assert found["size_bytes"] == 2 * SIZE and found["volume"] == "renamed"
+        assert stage.kernel.value(0, "size") == str(2 * SIZE // 512)
+
+    play(tmp_path, scenario)
+
+
+def test_device_in_use_is_not_detached_and_goes_on(tmp_path: Path) -> None:
+    async def scenario(stage: Stage) -> None:
+        await stage.devices.attach("disk")
+        (tmp_path / "sys/block/nbd0/dev").write_text("43:0")
+        mounts = tmp_path / "proc" / "self" / "mountinfo"
+        mounts.parent.mkdir(parents=True)
+        mounts.write_text("24 1 43:0 / /srv/disk rw - ext4 /dev/nbd0 rw\n")
+        with pytest.raises(VolumeBusy, match="/dev/nbd0 is mounted at /srv/disk"):
+            await stage.devices.detach("disk")
+        assert stage.devices.list()[0]["served"]
+        stage.kernel.sockets.pop(0).close()
+        await until(lambda: 0 in stage.kernel.sockets)
+        await stage.devices.detach("disk", force=True)
+        assert stage.devices.list() == []
+
+    play(tmp_path, scenario)
+
+
+def test_link_of_a_device_that_is_gone_is_removed_at_the_start(tmp_path: Path) -> None:
+    async def scenario(stage: Stage) -> None:
+        await stage.devices.attach("disk")
+        await stage.devices.close()
+        stage.kernel.disconnect(0)
+        again = KernelDevices(
+            stage.exports, OURS, stage.tasks, sysfs=Sysfs(str(tmp_path)), netlink=stage.kernel
+        )
+        await again.start()
+        assert not stage.links.exists() and again.list() == []
+
+    play(tmp_path, scenario)
+
+
+@pytest.mark.parametrize(
+    ("code", "binding", "kind", "says"),
+    [
+        (errno.ENOENT, True, CacheError, "modprobe nbd"),
+        (errno.EPERM, False, NotPermitted, "CAP_SYS_ADMIN"),
+        (errno.EPERM, True, NotPermitted, "CAP_SYS_ADMIN"),
+        (errno.EBUSY, False, VolumeBusy, "/dev/nbd4 is in use"),
+        (-errno.EINVAL, False, CacheError, "Invalid argument"),
+    ],
+)
+def test_kernel_says_no(code: int, binding: bool, kind: type[CacheError], says: str) -> None:
+    error = refusal(code, "/dev/nbd4", binding=binding)
+    assert type(error) is kind and says in str(error)
+
+
+def test_backend_of_others_is_not_ours() -> None:
+    backend = Backend(OURS, VOLUME)
+    assert Backend.parse(str(backend)) == backend
+    for text in ("", "millpond", f"millpond/{OURS.hex()}", f"x{backend}", f"{backend}0"):
+        assert Backend.parse(text) is None
+
+
+def test_names_of_devices() -> None:
+    assert [index_of(text) for text in ("/dev/nbd0", "nbd12", "3")] == [0, 12, 3]
+    for text in ("", "/dev/vda", "/dev/nbd", "/dev/nbd0p1", "/dev/nbd-1", "/dev/../nbd1"):
+        assert index_of(text) is None
+
+
+NAMES = st.text(st.characters(exclude_characters="/", exclude_categories=["Cs"]), min_size=1)
+
+
+@given(NAMES, NAMES)
+def test_link_of_any_volume_is_a_plain_file_name(first: str, second: str) -> None:
+    one, two = link_name(first, OURS), link_name(second, THEIRS)
+    assert one.isascii() and one.isprintable() and not set(one) & set("/ \"'$")
+    assert not one.startswith(".") and 0 < len(one) <= 255
+    assert (one == two) == (first == second)
