@@ -76,13 +76,19 @@ class KernelDevices:
 
         Whoever hears that the daemon is ready finds them served, unless a store is away.
         """
-        for device in self._kernel.sysfs.devices():
-            backend = Backend.parse(device.backend)
-            if backend is not None and backend.cache_id == self._cache_id:
-                keeper = Keeper(self._kernel, device, backend, backend.volume_id.hex())
-                keeper.kept = self._kept.pop(device.backend, None)
-                self._add(keeper)
-                keeper.keep()
+        ours = [
+            (device, backend)
+            for device in self._kernel.sysfs.devices()
+            if (backend := Backend.parse(device.backend)) and backend.cache_id == self._cache_id
+        ]
+        if ours:
+            # Imports belong to the start: after it, a guest would wait for them.
+            await in_thread(self._kernel.netlink.load, "load-netlink")
+        for device, backend in ours:
+            keeper = Keeper(self._kernel, device, backend, backend.volume_id.hex())
+            keeper.kept = self._kept.pop(device.backend, None)
+            self._add(keeper)
+            keeper.keep()
         for index, backend in self._kernel.links.stale(self._cache_id):
             kept = self._keepers.get(index)
             if kept is None or kept.backend != backend:

@@ -1,11 +1,11 @@
 """libvirt's hook, driven as libvirt does: arguments, and a domain's XML on standard input."""
 
 import io
-import os
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from controlserver import PlayedCache
 from millpond.cli.hook import Disk, disks_of, volume_of
 from millpond.cli.main import main
-from millpond.cli.run import BUSY, NOT_FOUND, OK, UNREACHABLE, USAGE, CommandError
+from millpond.cli.run import BUSY, FAILED, NOT_FOUND, OK, UNREACHABLE, USAGE, CommandError
 from millpond.nbd.devicelinks import link_name
 from millpond.store.catalogue import check_name
 from millpond.store.errors import StoreError
@@ -55,11 +55,23 @@ class Host:
         assert done.stdout == b"" and done.stderr.count(b"\n") <= 1
         return done
 
+    def within(self, guest: str, *operation: str) -> tuple[int, str]:
+        """The same without the script and a process: code, and what came on stderr."""
+        place = ["--control", str(self.cache.path), "--marks", str(self.marks)]
+        trouble = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, redirect_stderr(trouble):
+            domain = io.BytesIO((DOMAINS / "two-volumes.xml").read_bytes())
+            patch.setattr("sys.stdin", io.TextIOWrapper(domain))
+            code = main(["hook", guest, *operation, *place])
+        return code, trouble.getvalue()
+
     def prepare(self, guest: str) -> int:
-        return self.call(guest, "prepare", "begin", "-").returncode
+        """It starts."""
+        return self.within(guest, "prepare", "begin", "-")[0]
 
     def release(self, guest: str) -> int:
-        return self.call(guest, "release", "end", "shutdown").returncode
+        """It is gone."""
+        return self.within(guest, "release", "end", "shutdown")[0]
 
 
 @pytest.fixture
@@ -102,13 +114,13 @@ def test_xml_that_cannot_be_read() -> None:
 
 
 def test_volumes_come_before_the_guest_and_go_after_it(host: Host) -> None:
-    assert host.prepare("web") == OK
+    assert host.call("web", "prepare", "begin", "-").returncode == OK
     assert set(host.cache.devices) == {ROOT, SHARED}, "what qemu reaches over NBD needs no device"
     assert host.cache.devices[SHARED]["read_only"] and not host.cache.devices[ROOT]["read_only"]
     for operation in (("start", "begin", "-"), ("started", "begin", "-"), ("stopped", "end", "-")):
         assert host.call("web", *operation).returncode == OK
     assert set(host.cache.devices) == {ROOT, SHARED}
-    assert host.release("web") == OK
+    assert host.call("web", "release", "end", "shutdown").returncode == OK
     assert host.cache.devices == {}
     assert host.release("web") == OK, "again"
 
@@ -149,8 +161,8 @@ def test_what_the_operator_attached_stays(host: Host) -> None:
 def test_device_in_use_is_told_and_the_others_go(host: Host) -> None:
     assert host.prepare("web") == OK
     host.cache.refuse[ROOT] = ("E_BUSY", 10)
-    done = host.call("web", "release", "end", "destroyed")
-    assert done.returncode == BUSY and b"'web-root' is mounted" in done.stderr
+    code, trouble = host.within("web", "release", "end", "destroyed")
+    assert code == BUSY and "'web-root' is mounted" in trouble
     assert set(host.cache.devices) == {ROOT}
 
 
@@ -162,26 +174,25 @@ def test_cache_that_is_away_for_a_moment_is_waited_for(host: Host) -> None:
 
 @pytest.mark.parametrize("limit", ["TRY_AGAIN_S", "BUDGET_S"])
 def test_waiting_for_the_cache_ends(
-    host: Host, limit: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    host: Host, limit: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of one volume, and of all together."""
     monkeypatch.setattr(f"millpond.cli.hook.{limit}", 1.2)
-    domain = io.BytesIO((DOMAINS / "two-volumes.xml").read_bytes())
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(domain))
     host.cache.refuse[ROOT] = ("E_UNREACHABLE", 10_000)
-    place = ["--control", str(host.cache.path), "--marks", str(host.marks)]
-    assert main(["hook", "web", "prepare", "begin", "-", *place]) == UNREACHABLE
-    said = "volume 'web-root'" if limit == "TRY_AGAIN_S" else "guest 'web'"
-    trouble = capsys.readouterr().err
-    assert said in trouble and trouble.count("\n") == 1
+    code, trouble = host.within("web", "prepare", "begin", "-")
+    assert code == UNREACHABLE and trouble.count("\n") == 1
+    assert ("volume 'web-root'" if limit == "TRY_AGAIN_S" else "guest 'web'") in trouble
 
 
 def test_guests_that_start_side_by_side_attach_once(host: Host) -> None:
     codes: list[int] = []
+
+    def start(guest: str) -> int:
+        return host.call(guest, "prepare", "begin", "-").returncode
+
     guests = [f"guest{number}" for number in range(4)]
     threads = [
-        threading.Thread(target=lambda name=name: codes.append(host.prepare(name)))
-        for name in guests
+        threading.Thread(target=lambda name=name: codes.append(start(name))) for name in guests
     ]
     for thread in threads:
         thread.start()
@@ -196,6 +207,6 @@ def test_guests_that_start_side_by_side_attach_once(host: Host) -> None:
 
 def test_marks_that_cannot_be_kept_stop_the_start(host: Host) -> None:
     host.marks.write_text("not a folder")
-    done = host.call("web", "prepare", "begin", "-")
-    assert done.returncode == 1 and b"cannot keep marks of guests" in done.stderr
-    assert os.listdir(host.marks.parent) and host.cache.devices == {}
+    code, trouble = host.within("web", "prepare", "begin", "-")
+    assert code == FAILED and "cannot keep marks of guests" in trouble
+    assert host.cache.devices == {}

@@ -52,6 +52,9 @@ class PlayedKernel:
     def value(self, index: int, name: str) -> str:
         return (self.root / "sys" / "block" / f"nbd{index}" / name).read_text().strip()
 
+    def load(self) -> None:
+        """Nothing to import."""
+
     def connect(self, sock: socket.socket, *, index: int | None, **what: Any) -> int:
         index = 0 if index is None else index
         self.plug(index, what["backend"], what["size_bytes"], what["server_flags"] >> 1 & 1)
