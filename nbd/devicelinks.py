@@ -11,6 +11,7 @@ Failure modes: a directory that cannot be written: logged, the device works with
 
 import logging
 import os
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -33,12 +34,16 @@ def link_name(name: str, volume_id: bytes) -> str:
 
 
 class DeviceLinks:
-    """The links of one daemon.  Small blocking file operations: worker threads."""
+    """The links of one daemon.  Small blocking file operations: worker threads, one at a time.
+
+    A device that is served anew, and anew at once, has two of them at work.
+    """
 
     def __init__(self, sysfs: Sysfs) -> None:
         self._sysfs = sysfs
         self._links = sysfs.path("dev", "millpond")
         self._notes = sysfs.path("run", "millpond", "devices")
+        self._lock = threading.Lock()
 
     def path_of(self, name: str, volume_id: bytes) -> str:
         """Where the link of a volume is."""
@@ -46,6 +51,11 @@ class DeviceLinks:
 
     def make(self, index: int, name: str, backend: Backend) -> None:
         """Point the volume's link at the device."""
+        with self._lock:
+            self._make(index, name, backend)
+        self._sysfs.announce(index)
+
+    def _make(self, index: int, name: str, backend: Backend) -> None:
         link = link_name(name, backend.volume_id)
         try:
             self._notes.mkdir(parents=True, exist_ok=True)
@@ -60,10 +70,14 @@ class DeviceLinks:
                 index,
                 escaped(os.strerror(error.errno or 0)),
             )
-        self._sysfs.announce(index)
 
     def remove(self, index: int, backend: Backend) -> None:
         """The device is not this volume's any more."""
+        with self._lock:
+            self._remove(index, backend)
+        self._sysfs.announce(index)
+
+    def _remove(self, index: int, backend: Backend) -> None:
         note = self._notes / f"nbd{index}"
         kept = _fields(note)
         if kept.get("MILLPOND_BACKEND") == str(backend):
@@ -76,7 +90,6 @@ class DeviceLinks:
                 self._links.rmdir()  # when it was the last
             with suppress(OSError):
                 self._notes.rmdir()
-        self._sysfs.announce(index)
 
     def stale(self, cache_id: bytes) -> list[tuple[int, Backend]]:
         """Devices that this cache left a note of; some may be gone."""
