@@ -7,6 +7,7 @@ import asyncio
 import errno
 import os
 import socket
+import threading
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,9 @@ def play(root: Path, scenario: Callable[[Stage], Awaitable[None]]) -> None:
         for each in stage.kernel.sockets.values():
             each.close()
         await asyncio.gather(*stage.exports.serving)
+        for thread in threading.enumerate():  # nobody waits for settings; the folder goes now
+            if thread.name.startswith("settings-"):
+                await asyncio.to_thread(thread.join)
         assert not stage.failures
 
     asyncio.run(main())
