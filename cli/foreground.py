@@ -30,6 +30,7 @@ from millpond.cache.errors import (
     VolumeFenced,
     VolumeUnknown,
 )
+from millpond.cache.protect import log_protection
 from millpond.cache.shaping import RateLimits
 from millpond.cache.status import handlers_of
 from millpond.cli.output import parse_size
@@ -210,6 +211,7 @@ async def serve_cache(
         if nbd_tcp is not None:
             bound = await nbd.serve_tcp(nbd_tcp.address, insecure_listen=nbd_tcp.insecure_listen)
             ready_lines = [*ready_lines, f"nbd://{str(bound).removeprefix('tcp:')}/"]
+        log_protection()
         for line in ready_lines:
             print(line, flush=True)
         await first_of(signals.wait(), _failed(daemon), *also)

@@ -23,7 +23,8 @@ mkdir -p /lower /ram /host
 mount -t 9p -o trans=virtio,version=9p2000.L,ro,cache=loose,msize=512000 host /lower || fail "9p"
 mount -t tmpfs tmpfs /ram
 mkdir /ram/upper /ram/work
-mount -t overlay -o lowerdir=/lower,upperdir=/ram/upper,workdir=/ram/work overlay /host || fail "overlay"
+layers=lowerdir=/lower,upperdir=/ram/upper,workdir=/ram/work
+mount -t overlay -o $layers overlay /host || fail "overlay"
 mount -t tmpfs tmpfs /host/run
 mkdir -p /host/run/tmp /host/run/lock /host/run/modules
 cp /modules/* /host/run/modules/
