@@ -17,9 +17,8 @@ listens on sockets needs none of them.
 
 import ctypes
 import logging
-import os
 import resource
-from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 log = logging.getLogger("millpond.cache")
@@ -28,28 +27,31 @@ MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT = 1, 2, 4  # linux/include/uapi/asm-generic
 PR_SET_IO_FLUSHER, PR_GET_IO_FLUSHER = 57, 58  # linux/include/uapi/linux/prctl.h, since 5.6
 CAP_IPC_LOCK = 14
 OOM_NEVER = "-1000"
+_OOM_SCORE = Path("/proc/self/oom_score_adj")
 
 
-def protect_from_memory_shortage() -> list[str]:
-    """Do what this process may do; what it may not, as logged.  Before threads exist."""
-    steps: tuple[tuple[str, Callable[[], None]], ...] = (
-        ("io-flusher", _become_io_flusher),
-        ("locked-memory", _lock_memory),
-        ("oom-score", _leave_the_oom_killer),
-    )
-    missing = []
-    for name, step in steps:
-        try:
+def protect_from_memory_shortage() -> None:
+    """Do what this process may do, before threads exist.  log_protection() says what is missing."""
+    for step in (_become_io_flusher, _lock_memory, _leave_the_oom_killer):
+        with suppress(OSError):
             step()
-        except OSError as error:
-            missing.append(f"{name} ({os.strerror(error.errno or 0)})")
+
+
+def log_protection() -> None:
+    """One line when something is missing, as the kernel has it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    here = {
+        "io-flusher": libc.prctl(PR_GET_IO_FLUSHER, 0, 0, 0, 0) == 1,
+        "locked-memory": int(_status("VmLck").split()[0]) > 0,
+        "oom-score": _OOM_SCORE.read_text().strip() == OOM_NEVER,
+    }
+    missing = [name for name, is_here in here.items() if not is_here]
     if missing:
         log.info(
-            "not protected from memory shortage missing=%r: attach no device that this host writes"
-            " to through its page cache",
-            ", ".join(missing),
+            "memory shortage may stop kernel devices missing=%s reason=%s",
+            ",".join(missing),
+            '"needs CAP_SYS_RESOURCE and CAP_IPC_LOCK"',
         )
-    return missing
 
 
 def _become_io_flusher() -> None:
@@ -70,12 +72,14 @@ def _lock_memory() -> None:
 
 
 def _may_lock() -> bool:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == "CapEff":
-            return bool(int(value, 16) >> CAP_IPC_LOCK & 1)
-    return False
+    return bool(int(_status("CapEff"), 16) >> CAP_IPC_LOCK & 1)
+
+
+def _status(key: str) -> str:
+    """A value of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(line.partition(":")[2].strip() for line in lines if line.startswith(f"{key}:"))
 
 
 def _leave_the_oom_killer() -> None:
-    Path("/proc/self/oom_score_adj").write_text(OOM_NEVER)
+    _OOM_SCORE.write_text(OOM_NEVER)

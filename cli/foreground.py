@@ -32,6 +32,7 @@ from millpond.cache.errors import (
     VolumeUnknown,
 )
 from millpond.cache.handover import Kept
+from millpond.cache.protect import log_protection
 from millpond.cache.shaping import RateLimits
 from millpond.cache.status import handlers_of
 from millpond.cli.guests import keep_guests
@@ -231,6 +232,7 @@ async def serve_cache(
                     nbd_tcp.address, insecure_listen=nbd_tcp.insecure_listen
                 )
                 ready_lines = [*ready_lines, f"nbd://{str(bound).removeprefix('tcp:')}/"]
+            log_protection()
             for line in ready_lines:
                 print(line, flush=True)
             notifier.ready(f"serving guests at {nbd_socket.path}")

@@ -154,7 +154,10 @@ def resize(
     if json:
         print_json(volume)
     if volume["open_holder"]:
-        note(f"volume '{name}' is open: a guest sees the new size with its next connection")
+        note(
+            f"volume '{name}' is open: a guest sees the new size with its next connection,"
+            " a kernel device within seconds"
+        )
 
 
 @app.command("rename")

@@ -38,9 +38,7 @@ def pause() -> Outcome:
 @registry.line("memory", "2 GiB through the page cache of a guest of 512 MiB: no deadlock")
 def memory() -> Outcome:
     """Onto a device that the same guest serves."""
-    return tests(
-        "attach-memory", f"{ATTACH}::test_page_cache_of_a_small_machine_goes_to_a_device_of_its_own"
-    )
+    return tests("attach-memory", f"{ATTACH}::test_four_times_the_memory_through_the_page_cache")
 
 
 @registry.line("mistakes", "each mistake a clear line and a clean state; nbd-client; resize")

@@ -1,17 +1,20 @@
-"""In a guest of 512 MiB: 2 GiB through the page cache to a device that the guest itself serves.
+"""In a small guest: much through the page cache to a device that the guest itself serves.
 
 Everything that could wait for itself does: dirty pages fill what memory there is, and the process
-that they go to needs memory, too.  Besides a file that is mapped and written to.
+that they go to needs memory, too.
+
+Argument: how many MiB.
 """
 
 import os
 import random
+import sys
 import time
 from pathlib import Path
 
 from kernel.inside.pond import MIB, Daemon, clean, devices, millpond, prepare, say, sh
 
-WRITTEN_MIB = 2048
+WRITTEN_MIB = int(sys.argv[1])
 
 
 def status_of(pid: int, key: str) -> int:
@@ -54,6 +57,6 @@ millpond("detach", "disk")
 clean("nbd0")
 daemon.stop()
 print(
-    f"FIGURE {WRITTEN_MIB} MiB through the page cache of a guest of 512 MiB in {seconds:.0f} s;"
+    f"FIGURE {WRITTEN_MIB} MiB through the page cache of a small guest in {seconds:.0f} s;"
     f" the cache's memory {resident_kib // 1024} MiB before, {after_kib // 1024} MiB after"
 )
