@@ -5,6 +5,7 @@ The paths of tests named here are agreed: a test that moves takes its line with 
 
 import sys
 
+from prove.boot import registry as boot
 from prove.runner import Outcome, Registry, main, tests
 
 registry = Registry("attach")
@@ -62,6 +63,8 @@ def qemu() -> Outcome:
         "tests/cache/test_handover.py",
     )
 
+
+registry.lines += boot.lines
 
 if __name__ == "__main__":
     sys.exit(main(registry))

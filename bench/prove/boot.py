@@ -1,6 +1,6 @@
 """make prove WHAT=boot: a host that boots, its guests' disks, and what systemd and libvirt say.
 
-Lines of make prove WHAT=attach, which takes them over by importing this registry's lines.
+make prove WHAT=attach shows these lines, too.
 """
 
 import sys
