@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -197,8 +198,19 @@ def fio(target: str, *, size: str = "16M", seconds: int = 0, rw: str = "randwrit
 
 
 def held_by(pid: int) -> tuple[int, list[str]]:
-    """How many threads a process has, and what it has open."""
+    """How many threads a process has, and what it has open, once that stands still."""
+    before, now = None, _held_by(pid)
+    while before != now:
+        time.sleep(0.2)  # a connection of the last command may be about to end
+        before, now = now, _held_by(pid)
+    return now
+
+
+def _held_by(pid: int) -> tuple[int, list[str]]:
     here = Path(f"/proc/{pid}")
-    names = [os.readlink(entry).split("[")[0] for entry in (here / "fd").iterdir()]
+    names = []
+    for entry in (here / "fd").iterdir():
+        with suppress(FileNotFoundError):
+            names.append(os.readlink(entry).split("[")[0])
     kept = sorted(name for name in names if not name.endswith(".seg"))  # the store's log grows
     return len(os.listdir(here / "task")), kept
