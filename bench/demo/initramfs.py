@@ -8,6 +8,7 @@ Failure modes: busybox missing or not static (refused); a module that the kernel
 carries nor has built in (refused by name).
 """
 
+import lzma
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -23,9 +24,20 @@ def normal(name: str) -> str:
     return name.replace("-", "_")
 
 
+def content(module: Path) -> bytes:
+    """A module as the kernel loads it; newer packages have them compressed."""
+    data = module.read_bytes()
+    return lzma.decompress(data) if module.suffix == ".xz" else data
+
+
+def file_name(module: Path) -> str:
+    """Of the loaded module."""
+    return module.name.removesuffix(".xz")
+
+
 def depends(module: Path) -> list[str]:
     """The names in the depends= entry of a module's .modinfo."""
-    data = module.read_bytes()
+    data = content(module)
     start = data.find(b"\0depends=") + len(b"\0depends=")
     assert start >= len(b"\0depends="), f"{module.name} has no depends= entry"
     names = data[start : data.index(b"\0", start)].decode()
@@ -34,7 +46,8 @@ def depends(module: Path) -> list[str]:
 
 def module_order(kernel: Kernel, wanted: Sequence[str] = WANTED) -> list[Path]:
     """The wanted modules and all they need, each after what it needs, without what is built in."""
-    files = {normal(path.stem): path for path in kernel.modules.rglob("*.ko")}
+    found = (*kernel.modules.rglob("*.ko"), *kernel.modules.rglob("*.ko.xz"))
+    files = {normal(file_name(path).removesuffix(".ko")): path for path in found}
     builtin = (kernel.modules / "modules.builtin").read_text().split()
     built_in = {normal(Path(line).stem) for line in builtin}
     order: list[Path] = []
@@ -69,8 +82,8 @@ def members(kernel: Kernel, wanted: Sequence[str], init: Path) -> Iterator[tuple
     yield "init", 0o100755, init.read_bytes()
     order = module_order(kernel, wanted)
     for module in order:
-        yield f"modules/{module.name}", 0o100644, module.read_bytes()
-    yield "modules/order", 0o100644, "".join(f"{m.name}\n" for m in order).encode()
+        yield f"modules/{file_name(module)}", 0o100644, content(module)
+    yield "modules/order", 0o100644, "".join(f"{file_name(m)}\n" for m in order).encode()
 
 
 def write(path: Path, kernel: Kernel, *, wanted: Sequence[str] = WANTED, init: Path = INIT) -> None:

@@ -28,6 +28,12 @@ def restart() -> Outcome:
     )
 
 
+@registry.line("newer", "the same on a newer kernel, Debian 13's")
+def newer() -> Outcome:
+    """Its file systems, and the kills."""
+    return tests("attach-newer", f"{ATTACH}::test_newer_kernel")
+
+
 @registry.line("pause", "no pause longer than the process's own start in that guest plus 1.5 s")
 def pause() -> Outcome:
     """The installed command, ten kills."""

@@ -49,8 +49,10 @@ class Console:
 class Guests:
     """What all guests of a test run share: kernel and first file system."""
 
-    def __init__(self, work: Path) -> None:
-        self.kernel = kernel.ensure(ROOT / ".run" / "guest-kernel", kernel.GENERIC)
+    def __init__(self, work: Path, release: str | None = None) -> None:
+        """release: whose kernel, if not this machine's."""
+        place = "guest-kernel" if release is None else f"guest-kernel-{release}"
+        self.kernel = kernel.ensure(ROOT / ".run" / place, kernel.GENERIC, release)
         self._initramfs = work / "initramfs.cpio"
         self._work = work
         init = Path(__file__).with_name("init.sh")

@@ -37,6 +37,7 @@ def test_daemon_is_killed_ten_times_under_two_devices_with_load(
     show(guests.run("restart.py", "10"), record_property)
 
 
+@pytest.mark.long
 def test_mistakes_are_one_line_and_leave_nothing(guests: Guests, record_property: Record) -> None:
     """No module, no right, busy, unknown, mounted, open, lost; nbd-client; growth."""
     show(guests.run("mistakes.py", without="nbd"), record_property)
@@ -63,3 +64,17 @@ def test_pause_is_the_start_of_the_command_and_little_more(
 ) -> None:
     """The same with the installed command, which takes most of its time to start."""
     show(guests.run("restart.py", "10", "real"), record_property)
+
+
+@pytest.fixture(scope="module")
+def newer(tmp_path_factory: pytest.TempPathFactory) -> Guests:
+    """The same with the kernel of Debian 13."""
+    return Guests(tmp_path_factory.mktemp("newer"), "trixie")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("script", [("basics.py",), ("restart.py", "10")], ids=lambda s: s[0])
+def test_newer_kernel(newer: Guests, script: tuple[str, ...], record_property: Record) -> None:
+    """File systems, and kills under load."""
+    show(newer.run(*script), record_property)
+    record_property("figure", f"on {newer.kernel.version}")
