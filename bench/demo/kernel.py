@@ -73,7 +73,9 @@ def unpacked(root: Path) -> Kernel | None:
     if not images:
         return None
     version = images[-1].name.removeprefix("vmlinuz-")
-    return Kernel(version, images[-1], root / "lib" / "modules" / version)
+    places = (root / "lib", root / "usr" / "lib")  # the second since Debian 13
+    (lib,) = (place for place in places if place.is_dir())
+    return Kernel(version, images[-1], lib / "modules" / version)
 
 
 def ensure(directory: Path, meta_package: str = CLOUD, release: str | None = None) -> Kernel:
