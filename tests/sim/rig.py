@@ -26,6 +26,7 @@ BLOCK = 4096
 REQUEST = struct.Struct(">IHHQQI")
 READ, WRITE, FLUSH, TRIM, ZEROES = 0, 1, 3, 4, 6
 REPLY_BYTES = 16
+VOLUME = b"volume of a test"
 TURNS = 20_000
 
 

@@ -1,24 +1,11 @@
 """A connection that goes on in another process: given back between two requests, nothing lost."""
 
-from collections.abc import Iterator
-
 import pytest
 
 from millpond.native.engine import ConnectionClosed, ConnectionLeft, NativeError
-from sim.rig import BLOCK, READ, REPLY_BYTES, WRITE, Rig
+from sim.rig import BLOCK, READ, REPLY_BYTES, VOLUME, WRITE, Rig
 
-VOLUME = b"volume of a test"
 DISC = 2
-
-
-@pytest.fixture
-def rig() -> Iterator[Rig]:
-    """A cache and a store with an open volume."""
-    rig = Rig()
-    rig.start()
-    rig.open(VOLUME)
-    yield rig
-    rig.close()
 
 
 def leave(rig: Rig) -> int:

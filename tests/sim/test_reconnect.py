@@ -1,26 +1,13 @@
 """A client that comes again: what it left on its old connection may not overtake what is newer."""
 
-from collections.abc import Callable, Iterator
-
-import pytest
+from collections.abc import Callable
 
 from millpond.native import lib
 from millpond.native.drivers import SimOptions
 from millpond.native.engine import EngineOptions
-from sim.rig import BLOCK, READ, REPLY_BYTES, WRITE, Rig
+from sim.rig import BLOCK, READ, REPLY_BYTES, VOLUME, WRITE, Rig
 
-VOLUME = b"volume of a test"
 DISC = 2
-
-
-@pytest.fixture
-def rig() -> Iterator[Rig]:
-    """A cache and a store with an open volume."""
-    rig = Rig()
-    rig.start()
-    rig.open(VOLUME)
-    yield rig
-    rig.close()
 
 
 def test_write_that_waits_for_memory_does_not_come_after_newer_ones() -> None:
