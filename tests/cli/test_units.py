@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from millpond.cli.notify import DESCRIPTORS_MAX
+from millpond.nbd.limits import NbdLimits
+
 SYSTEM = Path(__file__).resolve().parents[2] / "cli" / "system"
 UNITS = sorted([*SYSTEM.glob("*.service"), *SYSTEM.glob("*.socket")])
 SERVICES = [path.name for path in UNITS if path.suffix == ".service"]
@@ -99,6 +102,13 @@ def test_socket_outlives_the_daemon_and_is_found_by_its_name() -> None:
     assert unit("millpond-cache.socket")["Socket"]["FileDescriptorName"] == "nbd"
     assert "millpond-cache.socket" in unit("millpond-cache.service")["Unit"]["Requires"]
     assert unit("millpond-cache.service")["Service"]["RuntimeDirectoryPreserve"] == "yes"
+
+
+def test_manager_keeps_all_connections_that_guests_may_have() -> None:
+    service = unit("millpond-cache.service")["Service"]
+    kept, files = int(service["FileDescriptorStoreMax"]), int(service["LimitNOFILE"])
+    assert NbdLimits().connections_max + 1 < kept, "and a description, and kernel devices"
+    assert kept < DESCRIPTORS_MAX <= files
 
 
 def test_store_is_nobody_special() -> None:
