@@ -4,7 +4,7 @@ nbd/ negotiates and calls; the cache implements.  Nothing here knows how either 
 """
 
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -95,3 +95,15 @@ class DeviceExports(Exports, Protocol):
 
         The engine serves all of it before this returns.  Stores that are away say nothing.
         """
+
+    def remember(
+        self, volume_id: bytes, who: object, forsaken: Callable[[], Awaitable[None]]
+    ) -> None:
+        """Somebody goes on with a disk that he has seen, connected or not, until forget().
+
+        The volume is not given back meanwhile.  When others have written to it all the same,
+        forsaken() has to end him; it returns before the volume is opened again.
+        """
+
+    def forget(self, volume_id: bytes, who: object) -> None:
+        """He has ended.  Twice is harmless."""

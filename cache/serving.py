@@ -9,9 +9,10 @@ or the volume has failed here (the message says why); shutdown.
 import asyncio
 import logging
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from millpond.cache import limits
+from millpond.cache.continuing import Continuing
 from millpond.cache.errors import (
     CacheError,
     VolumeBusy,
@@ -37,6 +38,7 @@ class CacheExports:
         stores: Stores,
         volume_for: Callable[[Found], Volume],
         opened: Callable[[str], Found | None],
+        continuing: Callable[[bytes], Continuing],
         tasks: Tasks,
         *,
         read_only: bool,
@@ -44,6 +46,7 @@ class CacheExports:
         self.closing = False
         self._stores = stores
         self._opened = opened  # by name
+        self._continuing = continuing  # by id
         self._volume_for = volume_for
         self._tasks = tasks
         self._read_only = read_only
@@ -103,6 +106,16 @@ class CacheExports:
                 if volume.state is State.OPEN:
                     sizes[volume.id] = await volume.grow()
         return sizes
+
+    def remember(
+        self, volume_id: bytes, who: object, forsaken: Callable[[], Awaitable[None]]
+    ) -> None:
+        """He goes on with the volume, until forget(); see DeviceExports."""
+        self._continuing(volume_id).remember(who, forsaken)
+
+    def forget(self, volume_id: bytes, who: object) -> None:
+        """He has ended."""
+        self._continuing(volume_id).forget(who)
 
     async def look_up(self, name: str) -> Found:
         """A volume by name, on whichever store has it; CacheError."""

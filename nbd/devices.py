@@ -61,41 +61,40 @@ class KernelDevices:
         self._keepers: dict[int, Keeper] = {}
         self._busy: set[str] = set()  # what is being attached or detached
         self._grower: asyncio.Task[None] | None = None
-        self._kept: dict[str, Kept] = {}  # by backend
 
     # -- the daemon's start and end
 
     def take(self, guests: Sequence[Kept]) -> Sequence[Kept]:
-        """Before start(): connections of devices among what the process before left; the others."""
-        ours = {each.tag: each for each in guests if Backend.parse(each.tag) is not None}
-        self._kept.update(ours)
-        return [each for each in guests if ours.get(each.tag) is not each]
+        """Before anything else: find the devices that an earlier process of this cache left.
+
+        guests: connections of the process before.  Those of devices are kept here; the others.
+        """
+        kept = {each.tag: each for each in guests if Backend.parse(each.tag) is not None}
+        others = [each for each in guests if kept.get(each.tag) is not each]
+        for device in self._kernel.sysfs.devices():
+            backend = Backend.parse(device.backend)
+            if backend is not None and backend.cache_id == self._cache_id:
+                keeper = Keeper(self._kernel, device, backend, backend.volume_id.hex())
+                keeper.kept = kept.pop(device.backend, None)
+                self._add(keeper)
+        for stranger in kept.values():  # its device is gone
+            os.close(stranger.fd)
+        return others
 
     async def start(self) -> None:
-        """Take up the devices that an earlier process of this cache left; waits a moment for them.
+        """Serve the devices that an earlier process of this cache left; waits a moment for them.
 
         Whoever hears that the daemon is ready finds them served, unless a store is away.
         """
-        ours = [
-            (device, backend)
-            for device in self._kernel.sysfs.devices()
-            if (backend := Backend.parse(device.backend)) and backend.cache_id == self._cache_id
-        ]
-        if ours:
+        if self._keepers:
             # Imports belong to the start: after it, a guest would wait for them.
             await in_thread(self._kernel.netlink.load, "load-netlink")
-        for device, backend in ours:
-            keeper = Keeper(self._kernel, device, backend, backend.volume_id.hex())
-            keeper.kept = self._kept.pop(device.backend, None)
-            self._add(keeper)
+        for keeper in self._keepers.values():
             keeper.keep()
         for index, backend in self._kernel.links.stale(self._cache_id):
             kept = self._keepers.get(index)
             if kept is None or kept.backend != backend:
                 self._kernel.links.remove(index, backend)
-        for stranger in self._kept.values():  # its device is gone
-            os.close(stranger.fd)
-        self._kept.clear()
         if self._keepers:
             _log.info("taking up kernel devices count=%d", len(self._keepers))
             waits = [asyncio.ensure_future(each.settled.wait()) for each in self._keepers.values()]
@@ -171,6 +170,9 @@ class KernelDevices:
     def _add(self, keeper: Keeper) -> None:
         keeper.gone = self._gone
         self._keepers[keeper.index] = keeper
+        self._kernel.exports.remember(
+            keeper.backend.volume_id, keeper, lambda: self._forsaken(keeper)
+        )
         if self._grower is None:
             self._grower = self._kernel.tasks.spawn(self._grow_for_ever(), "grow-kernel-devices")
 
@@ -224,7 +226,23 @@ class KernelDevices:
     def _gone(self, keeper: Keeper) -> None:
         self._kernel.tasks.spawn(self._forget(keeper), f"forget-{keeper.path}")
 
+    async def _forsaken(self, keeper: Keeper) -> None:
+        """Others have written to the volume: what is mounted here would write over it."""
+        keeper.end()
+        _log.error(
+            "kernel device ended device=%s volume=%s reason=%s",
+            keeper.path,
+            escaped(keeper.name),
+            '"another host has written to the volume since; what is not written here is lost"',
+        )
+        try:
+            await in_thread(lambda: self._disconnect(keeper, force=True), f"end-{keeper.path}")
+        except CacheError as error:  # whatever is wrong with it, we do not serve it
+            _log.error("%s stays, without us reason=%s", keeper.path, escaped(str(error)))
+        await self._forget(keeper)
+
     async def _forget(self, keeper: Keeper) -> None:
+        self._kernel.exports.forget(keeper.backend.volume_id, keeper)
         if self._keepers.get(keeper.index) is keeper:
             del self._keepers[keeper.index]
             keeper.drop_kept()

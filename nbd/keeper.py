@@ -96,6 +96,7 @@ class Keeper:
         self.gone: Callable[[Keeper], None] = lambda keeper: None
         self.kept: Kept | None = None  # its connection, of the process before
         self._kernel = kernel
+        self._ended = False
         self._closed: asyncio.Future[None] | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -121,6 +122,10 @@ class Keeper:
         if task is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+
+    def end(self) -> None:
+        """It is not served again."""
+        self._ended = True
 
     async def ended(self, timeout_s: float) -> None:
         """Until the engine is done with the connection."""
@@ -176,6 +181,9 @@ class Keeper:
         if device is None or device.backend != str(self.backend):
             raise _Gone
         opened = await kernel.exports.open_id(self.backend.volume_id)
+        if self._ended:
+            await opened.release()
+            raise _Gone
         export = opened.export
         try:
             self._check(export, device)

@@ -52,6 +52,7 @@ class Stores:
             format_cache(str(device), size_bytes=CACHE_BYTES, chance=Chance())
         config = CacheConfig(stores=tuple(wire.address for wire in self.wires.values()))
         cache = Cache(await CacheDaemon.start(str(device), config), device)
+        cache.daemon.go()
         self.caches.append(cache)
         return cache
 

@@ -81,7 +81,8 @@ class PlayedKernel:
             self.sockets[index] = sock.dup()
 
     def disconnect(self, index: int) -> None:
-        self.sockets.pop(index).close()
+        if index in self.sockets:
+            self.sockets.pop(index).close()
         (self.root / "sys" / "block" / f"nbd{index}" / "pid").unlink()
 
 
@@ -116,10 +117,20 @@ class PlayedExports:
     def __init__(self) -> None:
         self.export = Export("disk", SIZE, False, "", VOLUME)
         self.refusal: ExportError | None = None
+        self.written_by_others = False
         self.serving: set[asyncio.Future[None]] = set()
         self.agreed: list[Agreed] = []
         self.received: list[bytes] = []
         self.opened = self.released = 0
+        self.continuing: dict[object, Callable[[], Awaitable[None]]] = {}
+
+    def remember(
+        self, volume_id: bytes, who: object, forsaken: Callable[[], Awaitable[None]]
+    ) -> None:
+        self.continuing[who] = forsaken
+
+    def forget(self, volume_id: bytes, who: object) -> None:
+        self.continuing.pop(who, None)
 
     def names(self) -> list[str]:
         return ["disk"]
@@ -136,6 +147,9 @@ class PlayedExports:
         assert volume_id == VOLUME
         if self.refusal is not None:
             raise self.refusal
+        if self.written_by_others:
+            for forsaken in list(self.continuing.values()):
+                await forsaken()
         self.opened += 1
         return PlayedExport(self, self.export)
 
@@ -155,6 +169,12 @@ class Stage:
             self.exports, OURS, self.tasks, sysfs=Sysfs(str(root)), netlink=self.kernel
         )
         self.links = root / "dev" / "millpond"
+
+    async def start(self, guests: Sequence[Kept] = ()) -> Sequence[Kept]:
+        """As a daemon does; what is not for devices."""
+        others = self.devices.take(guests)
+        await self.devices.start()
+        return others
 
 
 def play(root: Path, scenario: Callable[[Stage], Awaitable[None]]) -> None:
@@ -208,7 +228,7 @@ def test_device_of_another_cache_and_of_a_stranger_are_left_alone(tmp_path: Path
         stage.kernel.plug(0, str(Backend(THEIRS, VOLUME)))
         stage.kernel.plug(1, "")
         stage.kernel.plug(2, f"millpond/{OURS.hex()}")
-        await stage.devices.start()
+        await stage.start()
         assert stage.devices.list() == [] and stage.exports.opened == 0
         for index in range(3):
             with pytest.raises(VolumeBusy, match="in use"):
@@ -221,7 +241,7 @@ def test_device_of_another_cache_and_of_a_stranger_are_left_alone(tmp_path: Path
 def test_our_device_is_taken_up_at_the_start(tmp_path: Path) -> None:
     async def scenario(stage: Stage) -> None:
         stage.kernel.plug(3, str(Backend(OURS, VOLUME)), ro=1)
-        await stage.devices.start()
+        await stage.start()
         (found,) = stage.devices.list()
         assert found["device"] == "/dev/nbd3" and found["served"] and found["read_only"]
         assert stage.exports.agreed == [Agreed(read_only=True)]
@@ -244,8 +264,7 @@ def test_device_goes_on_with_the_connection_of_the_process_before(tmp_path: Path
         stage.kernel.plug(0, str(backend))
         ours, kernels = kept(backend, received=b"half a request")
         stranger = Kept(7, VOLUME, Agreed(), b"")
-        assert stage.devices.take([stranger, ours]) == [stranger]
-        await stage.devices.start()
+        assert await stage.start([stranger, ours]) == [stranger]
         (found,) = stage.devices.list()
         assert found["served"] and found["volume"] == "disk"
         assert (stage.exports.received, stage.exports.agreed) == (
@@ -266,8 +285,7 @@ def test_connection_that_could_not_go_on_is_passed_on_again(tmp_path: Path) -> N
         stage.kernel.plug(0, str(backend))
         stage.exports.refusal = ExportError("platform", "the store is away")
         ours, kernels = kept(backend)
-        stage.devices.take([ours])
-        await stage.devices.start()
+        await stage.start([ours])
         assert await stage.devices.close() == [ours]
         kernels.close()
         os.close(ours.fd)
@@ -278,10 +296,42 @@ def test_connection_that_could_not_go_on_is_passed_on_again(tmp_path: Path) -> N
 def test_connection_of_a_device_that_is_gone_is_closed(tmp_path: Path) -> None:
     async def scenario(stage: Stage) -> None:
         ours, kernels = kept(Backend(OURS, VOLUME))
-        assert not stage.devices.take([ours])
-        await stage.devices.start()
+        assert not await stage.start([ours])
         with kernels:
             assert kernels.recv(1) == b""
+
+    play(tmp_path, scenario)
+
+
+@pytest.mark.expects_warnings
+@pytest.mark.parametrize("keeps", [False, True], ids=["crash", "planned"])
+def test_device_whose_volume_others_have_written_is_ended(tmp_path: Path, keeps: bool) -> None:
+    """Whoever has it mounted would write what it remembers over what they have written."""
+
+    async def scenario(stage: Stage) -> None:
+        backend = Backend(OURS, VOLUME)
+        stage.kernel.plug(0, str(backend))
+        ours, kernels = kept(backend)
+        if not keeps:
+            os.close(ours.fd)
+        stage.exports.written_by_others = True
+        await stage.start([ours] if keeps else [])
+        assert stage.devices.list() == [] and not stage.exports.continuing
+        assert not (tmp_path / "sys" / "block" / "nbd0" / "pid").exists(), "disconnected"
+        assert (stage.exports.opened, stage.exports.released) == (1, 1), "nothing is served"
+        with kernels:
+            assert kernels.recv(1) == b""
+        await asyncio.gather(*stage.exports.serving)
+
+    play(tmp_path, scenario)
+
+
+def test_volume_is_held_for_as_long_as_its_device_is_there(tmp_path: Path) -> None:
+    async def scenario(stage: Stage) -> None:
+        await stage.devices.attach("disk")
+        assert len(stage.exports.continuing) == 1
+        await stage.devices.detach("disk")
+        assert not stage.exports.continuing
 
     play(tmp_path, scenario)
 
@@ -291,7 +341,7 @@ def test_store_is_away_at_the_start_and_comes_back(tmp_path: Path) -> None:
     async def scenario(stage: Stage) -> None:
         stage.kernel.plug(0, str(Backend(OURS, VOLUME)))
         stage.exports.refusal = ExportError("platform", "the store is away")
-        await stage.devices.start()
+        await stage.start()
         (found,) = stage.devices.list()
         assert not found["served"] and found["problem"] == "the store is away"
         with pytest.raises(VolumeBusy, match="the store is away"):
@@ -307,9 +357,9 @@ def test_kernel_ignores_a_socket_while_the_old_one_lives(tmp_path: Path) -> None
     async def scenario(stage: Stage) -> None:
         stage.kernel.plug(0, str(Backend(OURS, VOLUME)))
         stage.kernel.ignored = 3
-        await stage.devices.start()
-        await until(lambda: 0 in stage.kernel.sockets)
-        assert stage.devices.list()[0]["served"] and stage.exports.opened == 4
+        await stage.start()
+        await until(lambda: 0 in stage.kernel.sockets and bool(stage.devices.list()[0]["served"]))
+        assert stage.exports.opened == 4
 
     play(tmp_path, scenario)
 
@@ -348,7 +398,7 @@ def test_volume_that_a_guest_would_not_know_again_is_not_served(
     async def scenario(stage: Stage) -> None:
         stage.kernel.plug(0, str(Backend(OURS, VOLUME)))
         stage.exports.export = now
-        await stage.devices.start()
+        await stage.start()
         (found,) = stage.devices.list()
         assert not found["served"] and says in found["problem"]
         assert stage.exports.released >= 1 and not stage.kernel.sockets
@@ -360,7 +410,7 @@ def test_volume_grew_while_nobody_served_it(tmp_path: Path) -> None:
     async def scenario(stage: Stage) -> None:
         stage.kernel.plug(0, str(Backend(OURS, VOLUME)))
         stage.exports.export = Export("renamed", 2 * SIZE, False, "", VOLUME)
-        await stage.devices.start()
+        await stage.start()
         (found,) = stage.devices.list()
         assert found["size_bytes"] == 2 * SIZE and found["volume"] == "renamed"
         assert stage.kernel.value(0, "size") == str(2 * SIZE // 512)
@@ -394,6 +444,7 @@ def test_link_of_a_device_that_is_gone_is_removed_at_the_start(tmp_path: Path) -
         again = KernelDevices(
             stage.exports, OURS, stage.tasks, sysfs=Sysfs(str(tmp_path)), netlink=stage.kernel
         )
+        again.take([])
         await again.start()
         assert not stage.links.exists() and again.list() == []
 
