@@ -2,8 +2,8 @@
 
 Rules: both can be repeated; what is as it should be is left as it is.  `unmap --all` leaves alone
 what the tab does not name.  Each volume has its own time and its own line when it fails; the others
-go on.  What may pass (no cache at the socket yet, a store that is away) is tried again until the
-volume's time is over; what will not pass by waiting fails at once.
+go on.  What may pass (no cache at the socket yet, a store that is away, the same under way already)
+is tried again until the volume's time is over; what will not pass by waiting fails at once.
 
 Failure modes: one line per volume; exit code of them all, or 1 when they differ.  `nofail` of the
 tab: the line comes, the exit code does not.
@@ -18,7 +18,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from millpond.cache.control import call
-from millpond.cache.errors import CacheAway, CacheError, StoreAway, VolumeBusy
+from millpond.cache.errors import CacheAway, CacheError, StoreAway, UnderWay, VolumeBusy
 from millpond.cli.foreground import expected_errors
 from millpond.cli.output import note, parse_duration_s, print_json, print_table
 from millpond.cli.run import (
@@ -36,8 +36,10 @@ from millpond.cli.run import (
 from millpond.cli.tab import TAB_FILE, Entry, load
 
 CONTROL_SOCKET: Final = "/run/millpond/control.sock"
-ANSWER_S: Final = 30.0  # opening a volume at a store, at most
+# To find a volume and to open it takes 40 s at most (cache/limits.py), then the kernel connects it.
+ANSWER_S: Final = 60.0
 RETRY_S: Final = 0.5
+PATIENCE_S: Final = 5.0  # of people: then they hear what is waited for
 AT_A_TIME: Final = 8  # a control socket has 32 connections, others ask it too
 UNMAP_TIMEOUT_S: Final = 15.0
 
@@ -158,7 +160,7 @@ Attempt = Callable[[Entry], Awaitable[dict[str, Any]]]
 
 
 Passing = tuple[type[CacheError], ...]
-AWAY: Final[Passing] = (CacheAway, StoreAway)
+AWAY: Final[Passing] = (CacheAway, StoreAway, UnderWay)
 # After umount, udev looks at a device once more.
 IN_USE: Final[Passing] = (CacheAway, StoreAway, VolumeBusy)
 
@@ -181,14 +183,18 @@ async def _one(
     entry: Entry, attempt: Attempt, passing: Passing, limit_s: float, turns: asyncio.Semaphore
 ) -> Done:
     loop = asyncio.get_running_loop()
-    deadline_s = loop.time() + limit_s
+    begin_s, told = loop.time(), False
     while True:
         try:
             async with turns:
                 return Done(entry, await attempt(entry))
         except passing as error:
-            if loop.time() + RETRY_S > deadline_s:
+            waited_s = loop.time() - begin_s
+            if waited_s + RETRY_S > limit_s:
                 return Done(entry, None, error)
+            if waited_s >= PATIENCE_S and not told:
+                told = True
+                note(f"{_line(entry, error)}; trying again for {limit_s - waited_s:.0f} s")
         except (CacheError, CommandError) as error:
             return Done(entry, None, error)
         await asyncio.sleep(RETRY_S)
@@ -210,13 +216,16 @@ def _report(done: Sequence[Done], *, json: bool) -> int:
 
 def _complain(entry: Entry, error: Exception) -> int:
     """The one line; OK when the tab says that this is no failure."""
-    named = message_of(error)
-    if entry.volume not in named:
-        named = f"volume {entry.volume!r}: {named}"
+    named = _line(entry, error)
     if entry.nofail:
         note(f"{named} (nofail)")
         return OK
     return complain(CommandError(named, exit_code=_code_of(error)))
+
+
+def _line(entry: Entry, error: Exception) -> str:
+    named = message_of(error)
+    return named if entry.volume in named else f"volume {entry.volume!r}: {named}"
 
 
 def _code_of(error: Exception) -> int:

@@ -24,7 +24,15 @@ from types import ModuleType
 from typing import Any
 
 from millpond.cache.control import Handler, Request
-from millpond.cache.errors import AlreadyThere, CacheError, VolumeBusy, VolumeUnknown, escaped
+from millpond.cache.errors import (
+    AlreadyThere,
+    CacheError,
+    StoreAway,
+    UnderWay,
+    VolumeBusy,
+    VolumeUnknown,
+    escaped,
+)
 from millpond.cache.exports import DeviceExports, ExportError, OpenExport
 from millpond.cache.handover import Kept
 from millpond.cache.tasks import Tasks
@@ -38,7 +46,13 @@ from millpond.nbd.worker import in_thread
 
 _log = logging.getLogger(__name__)
 
-_KINDS: dict[str, type[CacheError]] = {"unknown": VolumeUnknown, "busy": VolumeBusy}
+_KINDS: dict[str, type[CacheError]] = {
+    "unknown": VolumeUnknown,
+    "busy": VolumeBusy,
+    # Both pass: whoever asked tries again, and meets the store, or the next process.
+    "away": StoreAway,
+    "shutdown": StoreAway,
+}
 
 
 class KernelDevices:
@@ -255,7 +269,7 @@ class KernelDevices:
     def _claim(self, what: str) -> Iterator[None]:
         """One attach or detach of a thing at a time."""
         if what in self._busy:
-            raise VolumeBusy(f"{what} is being attached or detached at the moment")
+            raise UnderWay(f"{what} is being attached or detached at the moment")
         self._busy.add(what)
         try:
             yield
