@@ -63,7 +63,8 @@ def test_install_and_uninstall_leave_nothing(tmp_path: Path, python: Path) -> No
     assert (root / "usr/lib/sysusers.d/millpond.conf").exists()
     assert (root / "usr/lib/udev/rules.d/60-millpond.rules").exists()
     hook = root / "etc/libvirt/hooks/qemu.d/50-millpond"
-    assert os.access(hook, os.X_OK) and '| /usr/bin/millpond hook "$@"' in hook.read_text()
+    assert os.access(hook, os.X_OK)
+    assert '| /usr/bin/env /usr/bin/millpond hook "$@"' in hook.read_text(), "AppArmor"
     assert "# web1 " in (root / "etc/millpond/tab").read_text()
     assert make("install", root, python).returncode == 0, "again, as an upgrade does"
     assert make("uninstall", root, python).returncode == 0
