@@ -42,6 +42,7 @@ RETRY_S: Final = 0.5
 PATIENCE_S: Final = 5.0  # of people: then they hear what is waited for
 AT_A_TIME: Final = 8  # a control socket has 32 connections, others ask it too
 UNMAP_TIMEOUT_S: Final = 15.0
+COLUMNS: Final = ("volume", "device", "link")
 
 NamesArgument = Annotated[
     list[str] | None, typer.Argument(help="of volumes", metavar="[NAME]...", show_default=False)
@@ -111,16 +112,15 @@ def unmap_volumes(
 
 
 async def attach(control: str, entry: Entry) -> dict[str, Any]:
-    """One attempt; {volume, device, link}.  CacheError, or CommandError when it is there, but not
-    as the tab wants it."""
+    """One attempt; the device as the cache describes it.  CacheError, or CommandError when it is
+    there, but not as the tab wants it."""
     found = await attached(control, entry.volume)
     if found is None:
         arguments: dict[str, Any] = {"volume": entry.volume, "read_only": entry.read_only}
         if entry.device is not None:
             arguments["device"] = entry.device
         try:
-            made = await call(control, "attach", timeout_s=ANSWER_S, **arguments)
-            return {"volume": entry.volume, "device": made["device"], "link": made["link"]}
+            return await call(control, "attach", timeout_s=ANSWER_S, **arguments)
         except CacheError:
             # Somebody else was faster, or the answer to an attempt before this one was lost.
             found = await attached(control, entry.volume)
@@ -131,7 +131,7 @@ async def attach(control: str, entry: Entry) -> dict[str, Any]:
     # The other way round is no contradiction: all of a cache may be read-only.
     if entry.read_only and not found.get("read_only"):
         raise _otherwise(entry, f"as {found['device']} for writing, the tab says read-only")
-    return {"volume": entry.volume, "device": found["device"], "link": found["link"]}
+    return found
 
 
 async def detach(control: str, entry: Entry) -> dict[str, Any]:
@@ -149,7 +149,7 @@ async def attached(control: str, volume: str) -> dict[str, Any] | None:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """How it went with one volume: its row, or why not."""
+    """How it went with one volume: what holds COLUMNS, or why not."""
 
     entry: Entry
     row: dict[str, Any] | None
@@ -182,32 +182,53 @@ async def _each(
 async def _one(
     entry: Entry, attempt: Attempt, passing: Passing, limit_s: float, turns: asyncio.Semaphore
 ) -> Done:
+    async def in_turn(entry: Entry) -> dict[str, Any]:
+        async with turns:
+            return await attempt(entry)
+
+    def tell(error: CacheError, left_s: float) -> None:
+        note(f"{_line(entry, error)}; trying again for {left_s:.0f} s")
+
+    try:
+        return Done(entry, await persist(entry, in_turn, passing, limit_s, tell=tell))
+    except (CacheError, CommandError) as error:
+        return Done(entry, None, error)
+
+
+async def persist(
+    entry: Entry,
+    attempt: Attempt,
+    passing: Passing,
+    limit_s: float,
+    *,
+    tell: Callable[[CacheError, float], None] = lambda error, left_s: None,
+) -> dict[str, Any]:
+    """Attempts until one is done or fails for good; CacheError, CommandError.
+
+    tell: once, what is waited for and for how many seconds, when that is longer than people like.
+    """
     loop = asyncio.get_running_loop()
     begin_s, told = loop.time(), False
     while True:
         try:
-            async with turns:
-                return Done(entry, await attempt(entry))
+            return await attempt(entry)
         except passing as error:
             waited_s = loop.time() - begin_s
             if waited_s + RETRY_S > limit_s:
-                return Done(entry, None, error)
+                raise
             if waited_s >= PATIENCE_S and not told:
                 told = True
-                note(f"{_line(entry, error)}; trying again for {limit_s - waited_s:.0f} s")
-        except (CacheError, CommandError) as error:
-            return Done(entry, None, error)
+                tell(error, limit_s - waited_s)
         await asyncio.sleep(RETRY_S)
 
 
 def _report(done: Sequence[Done], *, json: bool) -> int:
     """Rows of what is as it should be, lines of what is not, and the exit code."""
-    rows = [each.row for each in done if each.row is not None]
+    rows = [{key: each.row[key] for key in COLUMNS} for each in done if each.row is not None]
     if json:
         print_json(rows)
     elif mapped := [row for row in rows if row["device"] is not None]:
-        keys = ("volume", "device", "link")
-        print_table(keys, [tuple(str(row[key]) for key in keys) for row in mapped])
+        print_table(COLUMNS, [tuple(str(row[key]) for key in COLUMNS) for row in mapped])
     sys.stdout.flush()
     codes = [_complain(each.entry, each.error) for each in done if each.error is not None]
     failed = {code for code in codes if code != OK}

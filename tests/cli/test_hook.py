@@ -38,7 +38,8 @@ class Host:
         )
         millpond.chmod(0o755)
         self.script = directory / "50-millpond"
-        self.script.write_text(SCRIPT.read_text().replace("@COMMAND@", str(millpond)))
+        text = SCRIPT.read_text().replace("@COMMAND@", str(millpond))
+        self.script.write_text(text.replace("/run/millpond/guests", str(self.marks)))
         self.script.chmod(0o755)
 
     def call(
@@ -158,12 +159,58 @@ def test_what_the_operator_attached_stays(host: Host) -> None:
     assert set(host.cache.devices) == {ROOT}
 
 
-def test_device_in_use_is_told_and_the_others_go(host: Host) -> None:
+def test_device_that_is_looked_at_for_a_moment_is_waited_for(host: Host) -> None:
     assert host.prepare("web") == OK
-    host.cache.refuse[ROOT] = ("E_BUSY", 10)
+    host.cache.refuse[ROOT] = ("E_BUSY", 2)
+    assert host.release("web") == OK
+    assert host.cache.devices == {} and host.cache.ops("detach").count(ROOT) == 3
+
+
+def test_device_in_use_is_told_and_the_others_go(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its mark stays, so that the next release finds it."""
+    monkeypatch.setattr("millpond.cli.hook.TRY_AGAIN_S", 1.2)
+    assert host.prepare("web") == OK
+    host.cache.refuse[ROOT] = ("E_BUSY", 10_000)
     code, trouble = host.within("web", "release", "end", "destroyed")
     assert code == BUSY and "'web-root' is mounted" in trouble
     assert set(host.cache.devices) == {ROOT}
+    host.cache.refuse.clear()
+    assert host.release("web") == OK
+    assert host.cache.devices == {}
+
+
+def test_disk_that_was_unplugged_goes_with_its_guest(host: Host) -> None:
+    """The XML at release does not name it any more; other guests' ends are not its own."""
+    assert host.call("web", "prepare", "begin", "-").returncode == OK
+    for guest, left in (("plain", {ROOT, SHARED}), ("web", set())):
+        done = host.call(guest, "release", "end", "shutdown", domain="no-volume")
+        assert done.returncode == OK and set(host.cache.devices) == left
+    asked = len(host.cache.asked)
+    assert host.call("plain", "release", "end", "-", domain="no-volume").returncode == OK
+    assert len(host.cache.asked) == asked, "without a mark nobody is asked"
+
+
+def test_hook_that_dies_while_it_attaches_leaves_no_device_behind(host: Host) -> None:
+    """Or the answer is lost: the cache has attached, and nobody was told."""
+
+    def die() -> None:
+        raise OSError("the hook is killed")
+
+    host.cache.after_attach = die
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("millpond.cli.hook.TRY_AGAIN_S", 0.0)
+        patch.setattr("millpond.cli.map.attached", lambda control, volume: nobody())
+        assert host.prepare("web") == UNREACHABLE
+    assert set(host.cache.devices) == {ROOT}
+    host.cache.after_attach = lambda: None
+    assert host.release("web") == OK
+    assert host.cache.devices == {}
+
+
+async def nobody() -> None:
+    """What a hook that was killed hears of its device."""
 
 
 def test_cache_that_is_away_for_a_moment_is_waited_for(host: Host) -> None:
