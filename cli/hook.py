@@ -43,7 +43,7 @@ from millpond.cli.map import (
     detach,
     persist,
 )
-from millpond.cli.run import FAILED, UNREACHABLE, USAGE, CommandError, run
+from millpond.cli.run import BUSY, FAILED, UNREACHABLE, USAGE, CommandError, run
 from millpond.cli.tab import Entry
 
 XML_BYTES_MAX: Final = 16 << 20  # a domain's is some KiB
@@ -145,7 +145,13 @@ async def _before(host: Host, guest: str, disks: list[Disk]) -> None:
                 return found or await attach(host.control, entry)
 
             entry = Entry(disk.volume, read_only=disk.read_only)
-            await persist(entry, mark_and_attach, AWAY, TRY_AGAIN_S)
+            found = await persist(entry, mark_and_attach, AWAY, TRY_AGAIN_S)
+        if found["read_only"] and not disk.read_only:
+            raise CommandError(
+                f"volume {disk.volume!r} is attached read-only as {found['device']}, and guest"
+                f" {guest!r} writes to it; detach it first, or give the disk <readonly/>",
+                exit_code=BUSY,
+            )
 
 
 async def _after(host: Host, guest: str) -> None:

@@ -213,6 +213,21 @@ async def nobody() -> None:
     """What a hook that was killed hears of its device."""
 
 
+def test_device_that_is_read_only_is_no_disk_for_a_guest_that_writes(host: Host) -> None:
+    host.cache.answer({"op": "attach", "volume": SHARED, "read_only": True})
+    assert host.prepare("web") == OK, "read-only for the guest, too"
+    assert host.release("web") == OK
+    host.cache.answer({"op": "attach", "volume": ROOT, "read_only": True})
+    code, trouble = host.within("web", "prepare", "begin", "-")
+    assert code == BUSY and "'web-root' is attached read-only as /dev/nbd" in trouble
+    host.cache.answer({"op": "detach", "volume": ROOT})
+    host.cache.read_only = True
+    code, trouble = host.within("web", "prepare", "begin", "-")
+    assert code == BUSY and "read-only" in trouble, "all of the cache"
+    assert host.release("web") == OK
+    assert set(host.cache.devices) == {SHARED}, "the operator's"
+
+
 def test_cache_that_is_away_for_a_moment_is_waited_for(host: Host) -> None:
     host.cache.refuse[ROOT] = ("E_UNREACHABLE", 3)
     assert host.prepare("web") == OK
