@@ -56,7 +56,7 @@ def test_install_and_uninstall_leave_nothing(tmp_path: Path, python: Path) -> No
     units = root / "usr/lib/systemd/system"
     assert {path.name for path in units.iterdir()} == {
         *("millpond-store.service", "millpond-cache.service", "millpond-cache.socket"),
-        *("millpond-map.service", "millpond-vhost-user@.service"),
+        *("millpond-map.service", "millpond-unmap.service", "millpond-vhost-user@.service"),
     }
     cache = (units / "millpond-cache.service").read_text()
     assert "ExecStart=/usr/bin/millpond cache serve\n" in cache
