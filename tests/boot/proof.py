@@ -115,9 +115,23 @@ def check_boot() -> None:
     mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
     (device,) = (fields[0] for fields in mounts if fields[1] == str(PLACE))
     assert os.path.realpath("/dev/millpond/data") == os.path.realpath(device), device
+    check_udev(os.path.realpath(device))
     ours = sh("journalctl", "-b", "-q", "--no-pager", "-u", "millpond-cache.service")
     assert "not protected from memory shortage" not in ours, ours
     say("booted", device=device)
+
+
+def check_udev(device: str) -> None:
+    """Our rule gave it its names; nobody has looked at what is on it, or will."""
+    lines = sh("udevadm", "info", "--query=property", device).splitlines()
+    values = dict(line.partition("=")[::2] for line in lines)
+    links = values["DEVLINKS"].split()
+    assert values["MILLPOND_NAME"] == "data" and "/dev/millpond/data" in links, values
+    assert any(link.startswith("/dev/disk/by-id/millpond-") for link in links), links
+    assert values["UDISKS_IGNORE"] == "1" and "ID_FS_TYPE" not in values, values
+    number = os.stat(device).st_rdev
+    watched = os.listdir("/run/udev/watch")
+    assert watched and f"b{os.major(number)}:{os.minor(number)}" not in watched, watched
 
 
 def check_journal(boot: str) -> list[str]:
