@@ -75,18 +75,11 @@ def map_volumes(
     json: JsonOption = False,
 ) -> int:
     """Attach volumes of /etc/millpond/tab as block devices."""
-    entries = load(tab)
-    if names:
-        _no_all(everything)
-        entries = [_named(entries, name, tab) for name in dict.fromkeys(names)]
-    elif everything:
-        entries = [entry for entry in entries if not entry.noauto]
-    else:
-        raise CommandError("give NAME, or --all", exit_code=USAGE)
+    every = load(tab)
+    automatic = [entry for entry in every if not entry.noauto]
+    entries = _chosen(names, everything, automatic, lambda name: _named(every, name, tab))
     limit_s = parse_duration_s(timeout) if timeout is not None else None
-    with expected_errors():
-        done = run(_each(entries, lambda entry: attach(control, entry), AWAY, limit_s))
-    return _report(done, json=json)
+    return _carry_out(entries, lambda entry: attach(control, entry), AWAY, limit_s, json=json)
 
 
 def unmap_volumes(
@@ -98,17 +91,9 @@ def unmap_volumes(
     json: JsonOption = False,
 ) -> int:
     """Detach volumes: those named, also when the tab has them not, or all of the tab."""
-    if names:
-        _no_all(everything)
-        entries = [Entry(name) for name in dict.fromkeys(names)]
-    elif everything:
-        entries = load(tab)
-    else:
-        raise CommandError("give NAME, or --all", exit_code=USAGE)
+    entries = _chosen(names, everything, load(tab) if everything else [], Entry)
     limit_s = parse_duration_s(timeout) if timeout is not None else UNMAP_TIMEOUT_S
-    with expected_errors():
-        done = run(_each(entries, lambda entry: detach(control, entry), IN_USE, limit_s))
-    return _report(done, json=json)
+    return _carry_out(entries, lambda entry: detach(control, entry), IN_USE, limit_s, json=json)
 
 
 async def attach(control: str, entry: Entry) -> dict[str, Any]:
@@ -157,12 +142,32 @@ class Done:
 
 
 Attempt = Callable[[Entry], Awaitable[dict[str, Any]]]
-
-
 Passing = tuple[type[CacheError], ...]
 AWAY: Final[Passing] = (CacheAway, StoreAway, UnderWay)
 # After umount, udev looks at a device once more.
 IN_USE: Final[Passing] = (CacheAway, StoreAway, VolumeBusy)
+
+
+def _chosen(
+    names: list[str] | None, everything: bool, every: list[Entry], named: Callable[[str], Entry]
+) -> list[Entry]:
+    """What the command line names, each once."""
+    if bool(names) == everything:
+        which = "NAME or --all, not both" if everything else "NAME, or --all"
+        raise CommandError(f"give {which}", exit_code=USAGE)
+    return [named(name) for name in dict.fromkeys(names)] if names else every
+
+
+def _carry_out(
+    entries: Sequence[Entry],
+    attempt: Attempt,
+    passing: Passing,
+    limit_s: float | None,
+    *,
+    json: bool,
+) -> int:
+    """Do it and say how it went; the exit code.  limit_s: for each, None: what its entry says."""
+    return _report(run(_each(entries, attempt, passing, limit_s)), json=json)
 
 
 async def _each(
@@ -265,11 +270,6 @@ def _named(entries: Sequence[Entry], name: str, tab: str) -> Entry:
         f"volume {name!r} is not in {tab}; add it there, or use `millpond attach`",
         exit_code=NOT_FOUND,
     )
-
-
-def _no_all(everything: bool) -> None:
-    if everything:
-        raise CommandError("give NAME or --all, not both", exit_code=USAGE)
 
 
 def _otherwise(entry: Entry, what: str) -> CommandError:
