@@ -10,9 +10,10 @@ tab: the line comes, the exit code does not.
 """
 
 import asyncio
+import contextlib
 import sys
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Final
 
 import typer
@@ -91,7 +92,9 @@ def unmap_volumes(
     json: JsonOption = False,
 ) -> int:
     """Detach volumes: those named, also when the tab has them not, or all of the tab."""
-    entries = _chosen(names, everything, load(tab) if everything else [], Entry)
+    every = load(tab) if everything else []
+    anywhere = [replace(each, device=None) for each in every]  # on whatever device it is
+    entries = _chosen(names, everything, anywhere, Entry)
     limit_s = parse_duration_s(timeout) if timeout is not None else UNMAP_TIMEOUT_S
     return _carry_out(entries, lambda entry: detach(control, entry), IN_USE, limit_s, json=json)
 
@@ -170,11 +173,35 @@ def _carry_out(
     return _report(run(_each(entries, attempt, passing, limit_s)), json=json)
 
 
+class _Turns:
+    """So many at a time; those that name their device have tried once before the others begin.
+
+    The others take the first that is free, which could be one of the named.
+    """
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        self._places = asyncio.Semaphore(AT_A_TIME)
+        self._tried = {each.volume: asyncio.Event() for each in entries if each.device is not None}
+
+    @contextlib.asynccontextmanager
+    async def of(self, entry: Entry) -> AsyncIterator[None]:
+        """One attempt."""
+        tried = self._tried.get(entry.volume)
+        if tried is None:
+            await asyncio.gather(*(each.wait() for each in self._tried.values()))
+        try:
+            async with self._places:
+                yield
+        finally:
+            if tried is not None:
+                tried.set()
+
+
 async def _each(
     entries: Sequence[Entry], attempt: Attempt, passing: Passing, limit_s: float | None
 ) -> list[Done]:
     """All of them, side by side: one whose store is away holds up no other."""
-    turns = asyncio.Semaphore(AT_A_TIME)
+    turns = _Turns(entries)
     times = (entry.timeout_s if limit_s is None else limit_s for entry in entries)
     return await asyncio.gather(
         *(
@@ -185,10 +212,10 @@ async def _each(
 
 
 async def _one(
-    entry: Entry, attempt: Attempt, passing: Passing, limit_s: float, turns: asyncio.Semaphore
+    entry: Entry, attempt: Attempt, passing: Passing, limit_s: float, turns: _Turns
 ) -> Done:
     async def in_turn(entry: Entry) -> dict[str, Any]:
-        async with turns:
+        async with turns.of(entry):
             return await attempt(entry)
 
     def tell(error: CacheError, left_s: float) -> None:

@@ -99,8 +99,14 @@ class PlayedCache:
             raise LookupError("E_NOT_FOUND", f"no volume {volume!r}")
         if volume in self.devices:
             raise LookupError("E_EXISTS", f"volume {volume!r} is attached already")
+        taken = {each["device"] for each in self.devices.values()}
+        device = request.get("device") or next(
+            path for number in range(100) if (path := f"/dev/nbd{number}") not in taken
+        )
+        if device in taken:
+            raise LookupError("E_BUSY", f"{device} is in use by another NBD client")
         self.devices[volume] = {
-            "device": request.get("device") or f"/dev/nbd{len(self.devices)}",
+            "device": device,
             "volume": volume,
             "id": id_of(volume),
             "link": f"/dev/millpond/{volume}",

@@ -97,6 +97,18 @@ def test_store_that_is_away_is_tried_again_and_holds_up_no_other(place: Place) -
     assert place.cache.ops("attach")[-1] == "web1", "web2 did not wait for it"
 
 
+def test_device_that_the_tab_names_is_not_taken_by_who_takes_any(place: Place) -> None:
+    """However late its line is; and when its store is away, it holds up nobody."""
+    names = [f"any{number}" for number in range(12)]
+    place.cache.volumes |= {*names, "first", "late"}
+    named = "first device=/dev/nbd0\nlate device=/dev/nbd1\n"
+    place.tab.write_text("".join(f"{name}\n" for name in names) + named)
+    place.cache.refuse["late"] = ("E_UNREACHABLE", 2)
+    assert place.run("map", "--all", "--timeout", "5s") == BUSY, "late came too late"
+    assert place.cache.devices["first"]["device"] == "/dev/nbd0"
+    assert set(place.cache.devices) == {*names, "first"}
+
+
 def test_waiting_ends(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     place.cache.refuse["web1"] = ("E_UNREACHABLE", 10_000)
     begin = time.perf_counter()
