@@ -93,6 +93,24 @@ def test_settings_that_were_edited_and_data_stay(tmp_path: Path, python: Path) -
     }
 
 
+def test_upgrade_replaces_what_nobody_has_edited(tmp_path: Path, python: Path) -> None:
+    root = tmp_path / "root"
+    assert make("install", root, python).returncode == 0
+    (root / "etc/millpond/store.toml").write_text("edited\n")
+    hook = root / "etc/libvirt/hooks/qemu.d/50-millpond"
+    older = hook.read_text().replace("/usr/bin/env ", "")
+    for path in (hook, root / "usr/lib/millpond/50-millpond"):  # as the version before made it
+        path.write_text(older)
+    python.write_text(PLAYED.replace("sample of", "newer sample of"))
+    assert make("install", root, python).returncode == 0
+    assert (root / "etc/millpond/cache.toml").read_text() == "# newer sample of cache\n"
+    assert (root / "etc/millpond/store.toml").read_text() == "edited\n"
+    assert "/usr/bin/env " in hook.read_text() and os.access(hook, os.X_OK)
+    removed = make("uninstall", root, python)
+    assert removed.stdout.count("was edited and stays") == 1
+    assert tree(root) == {"etc/millpond/store.toml"}
+
+
 def test_what_is_not_ours_is_refused(tmp_path: Path, python: Path) -> None:
     root = tmp_path / "root"
     (root / "usr/lib/millpond").mkdir(parents=True)
