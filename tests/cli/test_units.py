@@ -119,6 +119,11 @@ def test_socket_outlives_the_daemon_and_is_found_by_its_name() -> None:
     assert unit("millpond-cache.service")["Service"]["RuntimeDirectoryPreserve"] == "yes"
 
 
+def test_stop_over_vhost_user_does_not_wait_for_a_cache_that_is_away() -> None:
+    """As qemu-storage-daemon does, for all of its reconnect-delay."""
+    assert unit("millpond-vhost-user@.service")["Service"]["TimeoutStopSec"] == "30s"
+
+
 def test_store_is_nobody_special() -> None:
     service = unit("millpond-store.service")["Service"]
     assert service["User"] == "millpond" and service["CapabilityBoundingSet"] == ""
