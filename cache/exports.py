@@ -67,7 +67,7 @@ class OpenExport(Protocol):
         """
 
     async def release(self) -> None:
-        """The handshake failed after open."""
+        """The handshake failed after open.  Harmless when repeated, and after handover."""
 
 
 class Exports(Protocol):

@@ -115,7 +115,10 @@ def disks_of(data: bytes) -> list[Disk]:
 
 
 def volume_of(link: str) -> str:
-    """The volume whose link has this name: link_name() of nbd/devicelinks.py, backwards."""
+    """The volume whose link has this name: link_name() of nbd/devicelinks.py, backwards.
+
+    Of a name too long for a link it is the id, which the cache takes for a name.
+    """
     encoded = re.sub(rb"\\x([0-9a-f]{2})", lambda found: bytes([int(found[1], 16)]), link.encode())
     return encoded.decode(errors="replace")
 

@@ -130,9 +130,9 @@ async def detach(control: str, entry: Entry) -> dict[str, Any]:
 
 
 async def attached(control: str, volume: str) -> dict[str, Any] | None:
-    """The device of a volume, as the cache has it; None when it has none."""
+    """The device of a volume, by name or id, as the cache has it; None when it has none."""
     devices: list[dict[str, Any]] = (await call(control, "devices"))["devices"]
-    return next((device for device in devices if device["volume"] == volume), None)
+    return next((each for each in devices if volume in (each["volume"], each["id"])), None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,8 +91,12 @@ class PlayedCache:
         self.after_attach()
         return answer
 
+    def _name(self, text: str) -> str:
+        """Of a volume that is named by its id."""
+        return next((name for name in self.volumes if text == id_of(name)), text)
+
     def _attach(self, request: dict[str, Any]) -> dict[str, Any]:
-        volume = request["volume"]
+        volume = self._name(request["volume"])
         if code := self._refused(volume):
             raise LookupError(code, f"volume {volume!r} cannot be attached")
         if volume not in self.volumes:
@@ -115,11 +119,12 @@ class PlayedCache:
         return dict(self.devices[volume])
 
     def _detach(self, request: dict[str, Any]) -> dict[str, Any]:
-        if request["volume"] not in self.devices:
-            raise LookupError("E_NOT_FOUND", f"volume {request['volume']!r} is not attached")
-        if code := self._refused(request["volume"]):
-            raise LookupError(code, f"volume {request['volume']!r} is mounted")
-        del self.devices[request["volume"]]
+        volume = self._name(request["volume"])
+        if volume not in self.devices:
+            raise LookupError("E_NOT_FOUND", f"volume {volume!r} is not attached")
+        if code := self._refused(volume):
+            raise LookupError(code, f"volume {volume!r} is mounted")
+        del self.devices[volume]
         return {}
 
     def _refused(self, volume: str) -> str:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controlserver import PlayedCache
+from controlserver import PlayedCache, id_of
 from millpond.cli.hook import Disk, disks_of, volume_of
 from millpond.cli.main import main
 from millpond.cli.run import BUSY, FAILED, NOT_FOUND, OK, UNREACHABLE, USAGE, CommandError
@@ -56,13 +56,13 @@ class Host:
         assert done.stdout == b"" and done.stderr.count(b"\n") <= 1
         return done
 
-    def within(self, guest: str, *operation: str) -> tuple[int, str]:
+    def within(self, guest: str, *operation: str, domain: bytes = b"") -> tuple[int, str]:
         """The same without the script and a process: code, and what came on stderr."""
         place = ["--control", str(self.cache.path), "--marks", str(self.marks)]
         trouble = io.StringIO()
         with pytest.MonkeyPatch.context() as patch, redirect_stderr(trouble):
-            domain = io.BytesIO((DOMAINS / "two-volumes.xml").read_bytes())
-            patch.setattr("sys.stdin", io.TextIOWrapper(domain))
+            domain = domain or (DOMAINS / "two-volumes.xml").read_bytes()
+            patch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(domain)))
             code = main(["hook", guest, *operation, *place])
         return code, trouble.getvalue()
 
@@ -124,6 +124,23 @@ def test_volumes_come_before_the_guest_and_go_after_it(host: Host) -> None:
     assert host.call("web", "release", "end", "shutdown").returncode == OK
     assert host.cache.devices == {}
     assert host.release("web") == OK, "again"
+
+
+def test_volume_whose_name_is_too_long_for_a_link(host: Host) -> None:
+    """The link, and so the guest's XML, has its id."""
+    name = "ü" * 120
+    host.cache.volumes.add(name)
+    link = link_name(name, bytes.fromhex(id_of(name)))
+    domain = (
+        f"<domain><devices><disk><source dev='/dev/millpond/{link}'/></disk></devices></domain>"
+    )
+    assert host.within("long", "prepare", "begin", "-", domain=domain.encode()) == (OK, "")
+    assert set(host.cache.devices) == {name}
+    assert host.within("copy", "prepare", "begin", "-", domain=domain.encode()) == (OK, "")
+    assert host.cache.ops("attach") == [id_of(name)]
+    assert host.release("copy") == OK and set(host.cache.devices) == {name}
+    assert host.release("long") == OK
+    assert host.cache.devices == {}
 
 
 def test_guest_without_a_volume_and_other_operations_ask_nobody(host: Host) -> None:

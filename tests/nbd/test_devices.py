@@ -238,6 +238,22 @@ def test_attach_beside_another_of_the_same_volume_is_under_way(tmp_path: Path) -
     play(tmp_path, scenario)
 
 
+def test_volume_is_attached_by_its_id_too_and_only_once(tmp_path: Path) -> None:
+    async def scenario(stage: Stage) -> None:
+        by_id = asyncio.ensure_future(stage.devices.attach(VOLUME.hex()))
+        await asyncio.sleep(0)
+        with pytest.raises(UnderWay, match="volume disk"):
+            await stage.devices.attach("disk")
+        assert (await by_id)["volume"] == "disk" and stage.exports.released == 1
+        with pytest.raises(AlreadyThere):
+            await stage.devices.attach(VOLUME.hex())
+        for other in (THEIRS.hex()[1:], VOLUME.hex() + "0", "g" * 32):
+            with pytest.raises(VolumeUnknown):
+                await stage.devices.attach(other)
+
+    play(tmp_path, scenario)
+
+
 def test_device_of_another_cache_and_of_a_stranger_are_left_alone(tmp_path: Path) -> None:
     async def scenario(stage: Stage) -> None:
         stage.kernel.plug(0, str(Backend(THEIRS, VOLUME)))
