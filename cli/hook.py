@@ -24,6 +24,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -38,9 +39,9 @@ from millpond.cli.map import (
     IN_USE,
     RETRY_S,
     HostControlOption,
-    attach,
     attached,
-    detach,
+    ensure_attached,
+    ensure_detached,
     persist,
 )
 from millpond.cli.run import BUSY, FAILED, UNREACHABLE, USAGE, CommandError, run
@@ -145,7 +146,7 @@ async def _before(host: Host, guest: str, disks: list[Disk]) -> None:
                 # A device of nobody's marks is an operator's: it was there before and stays after.
                 if found is None or marks.any():
                     marks.leave(guest, entry.volume)
-                return found or await attach(host.control, entry)
+                return found or await ensure_attached(host.control, entry)
 
             entry = Entry(disk.volume, read_only=disk.read_only)
             found = await persist(entry, mark_and_attach, AWAY, TRY_AGAIN_S)
@@ -171,7 +172,8 @@ async def _give_up(host: Host, guest: str, marks: "Marks", volume: str) -> Cache
     async with _locked(marks):
         if marks.only(guest):
             try:
-                await persist(Entry(volume), lambda e: detach(host.control, e), IN_USE, TRY_AGAIN_S)
+                attempt = partial(ensure_detached, host.control)
+                await persist(Entry(volume), attempt, IN_USE, TRY_AGAIN_S)
             except CacheError as error:
                 return error
         marks.take(guest)

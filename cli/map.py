@@ -14,6 +14,7 @@ import contextlib
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Any, Final
 
 import typer
@@ -23,7 +24,7 @@ from millpond.cache.errors import CacheAway, CacheError, StoreAway, UnderWay, Vo
 from millpond.cli.foreground import expected_errors
 from millpond.cli.output import note, parse_duration_s, print_json, print_table
 from millpond.cli.run import (
-    BUSY,
+    EXISTS,
     FAILED,
     NOT_FOUND,
     OK,
@@ -80,7 +81,7 @@ def map_volumes(
     automatic = [entry for entry in every if not entry.noauto]
     entries = _chosen(names, everything, automatic, lambda name: _named(every, name, tab))
     limit_s = parse_duration_s(timeout) if timeout is not None else None
-    return _carry_out(entries, lambda entry: attach(control, entry), AWAY, limit_s, json=json)
+    return _carry_out(entries, partial(ensure_attached, control), AWAY, limit_s, json=json)
 
 
 def unmap_volumes(
@@ -96,33 +97,36 @@ def unmap_volumes(
     anywhere = [replace(each, device=None) for each in every]  # on whatever device it is
     entries = _chosen(names, everything, anywhere, Entry)
     limit_s = parse_duration_s(timeout) if timeout is not None else UNMAP_TIMEOUT_S
-    return _carry_out(entries, lambda entry: detach(control, entry), IN_USE, limit_s, json=json)
+    return _carry_out(entries, partial(ensure_detached, control), IN_USE, limit_s, json=json)
 
 
-async def attach(control: str, entry: Entry) -> dict[str, Any]:
-    """One attempt; the device as the cache describes it.  CacheError, or CommandError when it is
-    there, but not as the tab wants it."""
+async def attach_new(control: str, entry: Entry) -> dict[str, Any]:
+    """One attempt; the device as the cache describes it.  CacheError; AlreadyThere among them."""
+    wanted = {"volume": entry.volume, "device": entry.device or "", "read_only": entry.read_only}
+    return await call(control, "attach", timeout_s=ANSWER_S, **wanted)
+
+
+async def ensure_attached(control: str, entry: Entry) -> dict[str, Any]:
+    """One attempt, unless it is attached.  CacheError, or CommandError when it is, but not as
+    wanted."""
     found = await attached(control, entry.volume)
     if found is None:
-        arguments: dict[str, Any] = {"volume": entry.volume, "read_only": entry.read_only}
-        if entry.device is not None:
-            arguments["device"] = entry.device
         try:
-            return await call(control, "attach", timeout_s=ANSWER_S, **arguments)
+            return await attach_new(control, entry)
         except CacheError:
             # Somebody else was faster, or the answer to an attempt before this one was lost.
             found = await attached(control, entry.volume)
             if found is None:
                 raise
     if entry.device not in (None, found["device"]):
-        raise _otherwise(entry, f"as {found['device']}, the tab says {entry.device}")
+        raise _otherwise(entry, found, f"not as {entry.device}")
     # The other way round is no contradiction: all of a cache may be read-only.
-    if entry.read_only and not found.get("read_only"):
-        raise _otherwise(entry, f"as {found['device']} for writing, the tab says read-only")
+    if entry.read_only and not found["read_only"]:
+        raise _otherwise(entry, found, "for writing, not read-only")
     return found
 
 
-async def detach(control: str, entry: Entry) -> dict[str, Any]:
+async def ensure_detached(control: str, entry: Entry) -> dict[str, Any]:
     """One attempt; what is not attached is done."""
     if await attached(control, entry.volume) is not None:
         await call(control, "detach", timeout_s=ANSWER_S, volume=entry.volume)
@@ -299,8 +303,8 @@ def _named(entries: Sequence[Entry], name: str, tab: str) -> Entry:
     )
 
 
-def _otherwise(entry: Entry, what: str) -> CommandError:
+def _otherwise(entry: Entry, found: dict[str, Any], how: str) -> CommandError:
     return CommandError(
-        f"volume {entry.volume!r} is attached {what}; `millpond unmap` it first",
-        exit_code=BUSY,
+        f"volume {entry.volume!r} is attached already as {found['device']}, {how}; detach it first",
+        exit_code=EXISTS,
     )

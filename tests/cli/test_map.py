@@ -10,7 +10,7 @@ import pytest
 
 from controlserver import PlayedCache
 from millpond.cli.main import main
-from millpond.cli.run import BUSY, FAILED, NOT_FOUND, OK, UNREACHABLE, USAGE
+from millpond.cli.run import BUSY, EXISTS, FAILED, NOT_FOUND, OK, UNREACHABLE, USAGE
 from millpondprocess import Millpond
 from torture.daemons import Pair
 
@@ -156,11 +156,11 @@ def test_what_is_attached_otherwise_is_said_not_changed(
     place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place.cache.answer({"op": "attach", "volume": "web2", "device": "/dev/nbd3"})
-    assert place.run("map", "web2") == BUSY
-    assert "attached as /dev/nbd3, the tab says /dev/nbd7" in capsys.readouterr().err
+    assert place.run("map", "web2") == EXISTS
+    assert "attached already as /dev/nbd3, not as /dev/nbd7" in capsys.readouterr().err
     place.tab.write_text("web2 read-only\n")
-    assert place.run("map", "web2") == BUSY
-    assert "for writing, the tab says read-only" in capsys.readouterr().err
+    assert place.run("map", "web2") == EXISTS
+    assert "as /dev/nbd3, for writing, not read-only" in capsys.readouterr().err
 
 
 def test_device_in_use_is_not_detached(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
