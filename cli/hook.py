@@ -35,7 +35,6 @@ from millpond.cli.devicexml import LINKS
 from millpond.cli.foreground import expected_errors
 from millpond.cli.map import (
     AWAY,
-    CONTROL_SOCKET,
     IN_USE,
     RETRY_S,
     HostControlOption,
@@ -45,6 +44,7 @@ from millpond.cli.map import (
     persist,
 )
 from millpond.cli.run import BUSY, FAILED, UNREACHABLE, USAGE, CommandError, run
+from millpond.cli.status import CONTROL_SOCKET
 from millpond.cli.tab import Entry
 
 XML_BYTES_MAX: Final = 16 << 20  # a domain's is some KiB

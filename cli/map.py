@@ -35,9 +35,9 @@ from millpond.cli.run import (
     message_of,
     run,
 )
+from millpond.cli.status import CONTROL_SOCKET
 from millpond.cli.tab import TAB_FILE, Entry, load
 
-CONTROL_SOCKET: Final = "/run/millpond/control.sock"
 # To find a volume and to open it takes 40 s at most (cache/limits.py), then the kernel connects it.
 ANSWER_S: Final = 60.0
 RETRY_S: Final = 0.5
