@@ -159,6 +159,10 @@ install: $(RUN)/build.packages
 	if [[ -n "$(DESTDIR)" ]]; then sed -i '1s|^#!$(DESTDIR)|#!|' $(LIBRARY)/bin/millpond; fi
 	ln -sfn ../lib/millpond/bin/millpond $(COMMAND)
 	echo "make install: $(COMMAND), $(SETTINGS), $(UNITS)"
+	if [[ -z "$(filter /usr /usr/local,$(PREFIX))" ]]; then
+		echo "make install: systemd, udev and sysusers do not look below $(PREFIX): link what" \
+			"is in lib/systemd/system, lib/udev/rules.d and lib/sysusers.d there to /etc"
+	fi
 
 # What install made, and nothing else: no data, no configuration file that was edited.
 uninstall:

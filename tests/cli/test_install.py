@@ -29,11 +29,13 @@ def python(tmp_path: Path) -> Path:
     return path
 
 
-def make(target: str, destination: Path, python: Path) -> "subprocess.CompletedProcess[str]":
+def make(
+    target: str, destination: Path, python: Path, prefix: str = "/usr"
+) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [
             *("make", "-s", "-C", str(ROOT), target, f"PYTHON={python}", f"DESTDIR={destination}"),
-            *("PREFIX=/usr", "-o", ".run/build.packages"),
+            *(f"PREFIX={prefix}", "-o", ".run/build.packages"),
         ],
         capture_output=True,
         text=True,
@@ -109,6 +111,13 @@ def test_upgrade_replaces_what_nobody_has_edited(tmp_path: Path, python: Path) -
     removed = make("uninstall", root, python)
     assert removed.stdout.count("was edited and stays") == 1
     assert tree(root) == {"etc/millpond/store.toml"}
+
+
+def test_prefix_where_systemd_does_not_look_is_told(tmp_path: Path, python: Path) -> None:
+    for prefix, told in (("/usr", False), ("/usr/local", False), ("/opt/pond", True)):
+        done = make("install", tmp_path / prefix[1:], python, prefix)
+        assert done.returncode == 0
+        assert (f"do not look below {prefix}" in done.stdout) is told
 
 
 def test_what_is_not_ours_is_refused(tmp_path: Path, python: Path) -> None:
