@@ -141,7 +141,7 @@ install: $(RUN)/build.packages
 	"$(PYTHON)" -m venv $(LIBRARY)
 	echo "make install: installing into $(LIBRARY)"
 	$(LIBRARY)/bin/pip install -q --disable-pip-version-check --upgrade .
-	for file in $(EDITABLE); do # made by an older one, and nobody has touched it: made anew below
+	for file in $(EDITABLE); do # as an older one made it: made anew below
 		if cmp -s $(LIBRARY)/$${file##*/} $$file; then rm $$file; fi
 	done
 	for kind in cache store; do
