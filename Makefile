@@ -160,8 +160,8 @@ install: $(RUN)/build.packages
 	ln -sfn ../lib/millpond/bin/millpond $(COMMAND)
 	echo "make install: $(COMMAND), $(SETTINGS), $(UNITS)"
 	if [[ -z "$(filter /usr /usr/local,$(PREFIX))" ]]; then
-		echo "make install: systemd, udev and sysusers do not look below $(PREFIX): link what" \
-			"is in lib/systemd/system, lib/udev/rules.d and lib/sysusers.d there to /etc"
+		echo "make install: systemd, udev and sysusers do not look below $(PREFIX): link" \
+			"what is in its lib/{systemd/system,udev/rules.d,sysusers.d} to /etc"
 	fi
 
 # What install made, and nothing else: no data, no configuration file that was edited.
