@@ -205,7 +205,8 @@ def third() -> None:
     wait_until("all is shipped", lambda: volume()["dirty_bytes"] == 0)
     check_boot()
     sh("systemctl", "stop", "srv-data.mount", MAP)  # by hand, where it has not failed
-    assert not ask("devices")["devices"] and not os.path.lexists("/dev/millpond/data")
+    wait_until("millpond-unmap is stopped, too", lambda: not ask("devices")["devices"])
+    wait_until("its link is gone", lambda: not os.path.lexists("/dev/millpond/data"))
     check_journal("0")
     say("shipped")
     sh("systemctl", "poweroff")
