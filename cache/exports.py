@@ -44,7 +44,9 @@ class ExportError(Exception):
     """Why an export cannot be described or opened; message is one line for the guest's operator."""
 
     def __init__(
-        self, code: Literal["unknown", "busy", "policy", "platform", "shutdown"], message: str
+        self,
+        code: Literal["unknown", "busy", "policy", "away", "platform", "shutdown"],
+        message: str,
     ) -> None:
         super().__init__(message)
         self.code = code
@@ -65,7 +67,7 @@ class OpenExport(Protocol):
         """
 
     async def release(self) -> None:
-        """The handshake failed after open."""
+        """The handshake failed after open.  Harmless when repeated, and after handover."""
 
 
 class Exports(Protocol):

@@ -2,8 +2,8 @@
 
 Implements the protocols of exports.py for nbd/.
 
-Failure modes become ExportError: unknown name; busy at another cache; platform: the store is away,
-or the volume has failed here (the message says why); shutdown.
+Failure modes become ExportError: unknown name; busy at another cache; away: the store, and the
+same again may do; platform: the volume has failed here (the message says why); shutdown.
 """
 
 import asyncio
@@ -15,6 +15,7 @@ from millpond.cache import limits
 from millpond.cache.continuing import Continuing
 from millpond.cache.errors import (
     CacheError,
+    StoreAway,
     VolumeBusy,
     VolumeRefused,
     VolumeUnknown,
@@ -77,7 +78,7 @@ class CacheExports:
                 record = await volume.attach()
         except TimeoutError:
             raise ExportError(
-                "platform", f"volume {escaped(record.name)}: the store does not answer; try again"
+                "away", f"volume {escaped(record.name)}: the store does not answer; try again"
             ) from None
         except CacheError as error:
             raise _export_error(error, record.name) from None
@@ -188,4 +189,6 @@ def _export_error(error: CacheError, name: str) -> ExportError:
         return ExportError("busy", message)
     if isinstance(error, VolumeUnknown):
         return ExportError("unknown", message)
+    if isinstance(error, StoreAway):
+        return ExportError("away", message)
     return ExportError("platform", message)

@@ -18,13 +18,22 @@ Failure modes:
 import asyncio
 import logging
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
 from millpond.cache.control import Handler, Request
-from millpond.cache.errors import AlreadyThere, CacheError, VolumeBusy, VolumeUnknown, escaped
+from millpond.cache.errors import (
+    AlreadyThere,
+    CacheError,
+    StoreAway,
+    UnderWay,
+    VolumeBusy,
+    VolumeUnknown,
+    escaped,
+)
 from millpond.cache.exports import DeviceExports, ExportError, OpenExport
 from millpond.cache.handover import Kept
 from millpond.cache.tasks import Tasks
@@ -38,7 +47,14 @@ from millpond.nbd.worker import in_thread
 
 _log = logging.getLogger(__name__)
 
-_KINDS: dict[str, type[CacheError]] = {"unknown": VolumeUnknown, "busy": VolumeBusy}
+_KINDS: dict[str, type[CacheError]] = {
+    "unknown": VolumeUnknown,
+    "busy": VolumeBusy,
+    # Both pass: whoever asked tries again, and meets the store, or the next process.
+    "away": StoreAway,
+    "shutdown": StoreAway,
+}
+_ID = re.compile(r"[0-9a-f]{32}")
 
 
 class KernelDevices:
@@ -122,27 +138,37 @@ class KernelDevices:
     async def attach(
         self, name: str, *, device: str = "", read_only: bool = False
     ) -> dict[str, Any]:
-        """Make a volume a block device; as list() describes it.  CacheError."""
+        """Make a volume a block device; as list() describes it.  CacheError.
+
+        name: or the volume's id, which its link is called when the name is too long for a file's.
+        """
         index = self._free_index(device) if device else None
-        with self._claim(f"volume {escaped(name)}"):
-            opened = await self._open(name)
-            try:
+        opened = await self._open(name)
+        try:
+            # By id: whatever it is called, a volume never becomes two devices.
+            with self._claim(opened.export.volume_id.hex(), f"volume {escaped(name)}"):
                 self._check_new(opened.export.volume_id, name)
-            except BaseException:
-                await opened.release()
-                raise
-            keeper = await keepers.connect(
-                self._kernel, opened, self._cache_id, index=index, read_only=read_only
-            )
-            self._add(keeper)
+                keeper = await keepers.connect(
+                    self._kernel, opened, self._cache_id, index=index, read_only=read_only
+                )
+                self._add(keeper)
+        except BaseException:
+            await opened.release()
+            raise
         _log.info("attached volume=%s device=%s", escaped(keeper.name), keeper.path)
         return self._describe(keeper)
 
     async def _open(self, name: str) -> OpenExport:
         if not name:
             raise VolumeUnknown("name the volume to attach")
+        exports = self._kernel.exports
         try:
-            return await self._kernel.exports.open(name)
+            try:
+                return await exports.open(name)
+            except ExportError as error:
+                if error.code != "unknown" or not _ID.fullmatch(name):
+                    raise
+            return await exports.open_id(bytes.fromhex(name))
         except ExportError as error:
             raise _KINDS.get(error.code, CacheError)(error.message) from None
 
@@ -184,7 +210,7 @@ class KernelDevices:
         force: also one that is in use or waits; what is not written is lost.
         """
         keeper = self._find(target)
-        with self._claim(keeper.path):
+        with self._claim(keeper.path, keeper.path):
             if not force and not keeper.served:
                 raise VolumeBusy(
                     f"{keeper.path} waits for its volume: {keeper.problem or 'not served yet'};"
@@ -270,15 +296,15 @@ class KernelDevices:
     # -- helpers
 
     @contextmanager
-    def _claim(self, what: str) -> Iterator[None]:
+    def _claim(self, key: str, what: str) -> Iterator[None]:
         """One attach or detach of a thing at a time."""
-        if what in self._busy:
-            raise VolumeBusy(f"{what} is being attached or detached at the moment")
-        self._busy.add(what)
+        if key in self._busy:
+            raise UnderWay(f"{what} is being attached or detached at the moment")
+        self._busy.add(key)
         try:
             yield
         finally:
-            self._busy.discard(what)
+            self._busy.discard(key)
 
     def _describe(self, keeper: Keeper) -> dict[str, Any]:
         return {

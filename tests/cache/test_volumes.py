@@ -394,7 +394,7 @@ def test_an_open_whose_answer_got_lost_is_undone_when_nobody_tries_again(tmp_pat
             world.wire.to_cache = lose
             with pytest.raises(ExportError) as refused:
                 await cache.guest()
-            assert refused.value.code == "platform"
+            assert refused.value.code == "away"
             assert (await world.record())["open_holder"] == cache.id
             world.wire.to_cache = lambda frame: frame
             world.wire.heal()

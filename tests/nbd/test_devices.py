@@ -16,7 +16,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millpond.cache.errors import AlreadyThere, CacheError, NotPermitted, VolumeBusy, VolumeUnknown
+from millpond.cache.errors import (
+    AlreadyThere,
+    CacheError,
+    NotPermitted,
+    StoreAway,
+    UnderWay,
+    VolumeBusy,
+    VolumeUnknown,
+)
 from millpond.cache.exports import NOBODY, Agreed, Export, ExportError, Owner
 from millpond.cache.handover import Kept
 from millpond.cache.tasks import Tasks
@@ -223,6 +231,49 @@ def test_attached_then_detached_and_nothing_is_left(tmp_path: Path) -> None:
     play(tmp_path, scenario)
 
 
+@pytest.mark.parametrize(
+    ("refusal", "kind"),
+    [("away", StoreAway), ("shutdown", StoreAway), ("busy", VolumeBusy), ("platform", CacheError)],
+)
+def test_refusal_says_whether_waiting_helps(
+    tmp_path: Path, refusal: Any, kind: type[CacheError]
+) -> None:
+    async def scenario(stage: Stage) -> None:
+        stage.exports.refusal = ExportError(refusal, "volume disk: no")
+        with pytest.raises(CacheError, match="volume disk: no") as caught:
+            await stage.devices.attach("disk")
+        assert type(caught.value) is kind
+
+    play(tmp_path, scenario)
+
+
+def test_attach_beside_another_of_the_same_volume_is_under_way(tmp_path: Path) -> None:
+    async def scenario(stage: Stage) -> None:
+        first = asyncio.ensure_future(stage.devices.attach("disk"))
+        await asyncio.sleep(0)
+        with pytest.raises(UnderWay, match="at the moment"):
+            await stage.devices.attach("disk")
+        await first
+
+    play(tmp_path, scenario)
+
+
+def test_volume_is_attached_by_its_id_too_and_only_once(tmp_path: Path) -> None:
+    async def scenario(stage: Stage) -> None:
+        by_id = asyncio.ensure_future(stage.devices.attach(VOLUME.hex()))
+        await asyncio.sleep(0)
+        with pytest.raises(UnderWay, match="volume disk"):
+            await stage.devices.attach("disk")
+        assert (await by_id)["volume"] == "disk" and stage.exports.released == 1
+        with pytest.raises(AlreadyThere):
+            await stage.devices.attach(VOLUME.hex())
+        for other in (THEIRS.hex()[1:], VOLUME.hex() + "0", "g" * 32):
+            with pytest.raises(VolumeUnknown):
+                await stage.devices.attach(other)
+
+    play(tmp_path, scenario)
+
+
 def test_device_of_another_cache_and_of_a_stranger_are_left_alone(tmp_path: Path) -> None:
     async def scenario(stage: Stage) -> None:
         stage.kernel.plug(0, str(Backend(THEIRS, VOLUME)))
@@ -283,7 +334,7 @@ def test_connection_that_could_not_go_on_is_passed_on_again(tmp_path: Path) -> N
     async def scenario(stage: Stage) -> None:
         backend = Backend(OURS, VOLUME)
         stage.kernel.plug(0, str(backend))
-        stage.exports.refusal = ExportError("platform", "the store is away")
+        stage.exports.refusal = ExportError("away", "the store is away")
         ours, kernels = kept(backend)
         await stage.start([ours])
         assert await stage.devices.close() == [ours]
@@ -340,7 +391,7 @@ def test_volume_is_held_for_as_long_as_its_device_is_there(tmp_path: Path) -> No
 def test_store_is_away_at_the_start_and_comes_back(tmp_path: Path) -> None:
     async def scenario(stage: Stage) -> None:
         stage.kernel.plug(0, str(Backend(OURS, VOLUME)))
-        stage.exports.refusal = ExportError("platform", "the store is away")
+        stage.exports.refusal = ExportError("away", "the store is away")
         await stage.start()
         (found,) = stage.devices.list()
         assert not found["served"] and found["problem"] == "the store is away"
