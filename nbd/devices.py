@@ -244,8 +244,9 @@ class KernelDevices:
             try:
                 sizes = await self._kernel.exports.grow(list(served))
                 for volume_id, size_bytes in sizes.items():
-                    if size_bytes > served[volume_id].size_bytes:
-                        await served[volume_id].grow(size_bytes)
+                    keeper = served[volume_id]
+                    if keeper.served and size_bytes > keeper.size_bytes:
+                        await keeper.grow(size_bytes)
             except (CacheError, ExportError) as error:
                 _log.warning("a kernel device did not grow reason=%s", escaped(str(error)))
 

@@ -128,7 +128,12 @@ class Keeper:
             await asyncio.wait([self._closed], timeout=timeout_s)
 
     async def grow(self, size_bytes: int) -> None:
-        """The engine serves more: tell the kernel."""
+        """The engine serves more: tell the kernel.
+
+        Only while it is served: from Linux 6.9 on the kernel waits for what is in flight, with a
+        lock held that RECONFIGURE needs.
+        """
+        assert self.served, "it would wait for a socket that waits for it"
         await in_thread(
             lambda: self._kernel.netlink.reconfigure(
                 self.index, backend=str(self.backend), size_bytes=size_bytes
@@ -186,21 +191,21 @@ class Keeper:
         except BaseException:
             await opened.release()
             raise
-        larger = export.size_bytes if export.size_bytes > device.size_bytes else None
 
         def give() -> None:
             with theirs:
+                # Never a size with it: the kernel sets that first, and first waits for all I/O in
+                # flight, which waits for this socket.  Growth comes once it is served.
                 kernel.netlink.reconfigure(
                     self.index,
                     backend=str(self.backend),
                     sock=theirs,
-                    size_bytes=larger,
                     dead_timeout_s=kernel.dead_timeout_s,
                 )
 
         await in_thread(give, f"adopt-nbd{self.index}")
         self._closed = closed
-        self.size_bytes = larger or device.size_bytes
+        self.size_bytes = device.size_bytes
         self.name = export.name
         _log.info("kernel device served again device=%s volume=%s", self.path, escaped(export.name))
         # Not awaited: while something is in flight the kernel may let a setting wait.

@@ -70,10 +70,11 @@ def reconfigure(
     size_bytes: int | None = None,
     dead_timeout_s: int | None = None,
 ) -> None:
-    """Give a device a new socket in the dead one's place, or another size.
+    """Give a device a new socket in the dead one's place, or another size; never both.
 
     A socket is ignored without a word while the old one lives: its other end is closed then.
     """
+    assert sock is None or size_bytes is None, "the size waits for what the socket would serve"
     attributes: Attributes = [
         ("NBD_ATTR_INDEX", index),
         ("NBD_ATTR_BACKEND_IDENTIFIER", backend),

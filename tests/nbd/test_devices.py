@@ -50,6 +50,15 @@ class PlayedKernel:
         device.parent.mkdir(exist_ok=True)
         device.write_bytes(b"")
 
+    def is_served(self, index: int) -> bool:
+        """Its last socket lives."""
+        try:
+            return self.sockets[index].recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
+        except BlockingIOError:
+            return True
+        except KeyError:
+            return False
+
     def value(self, index: int, name: str) -> str:
         return (self.root / "sys" / "block" / f"nbd{index}" / name).read_text().strip()
 
@@ -72,7 +81,8 @@ class PlayedKernel:
         dead_timeout_s: int | None = None,
     ) -> None:
         assert self.value(index, "backend") == backend
-        if size_bytes is not None:
+        if size_bytes is not None:  # it waits for what is in flight
+            assert sock is None and self.is_served(index), "it would wait for ever"
             size = self.root / "sys" / "block" / f"nbd{index}" / "size"
             size.write_text(str(size_bytes // 512))
         if sock is not None and self.ignored:
@@ -356,15 +366,38 @@ def test_volume_that_a_guest_would_not_know_again_is_not_served(
     play(tmp_path, scenario)
 
 
-def test_volume_grew_while_nobody_served_it(tmp_path: Path) -> None:
+def test_volume_grew_while_nobody_served_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def scenario(stage: Stage) -> None:
         stage.kernel.plug(0, str(Backend(OURS, VOLUME)))
         stage.exports.export = Export("renamed", 2 * SIZE, False, "", VOLUME)
         await stage.devices.start()
         (found,) = stage.devices.list()
-        assert found["size_bytes"] == 2 * SIZE and found["volume"] == "renamed"
+        assert found["size_bytes"] == SIZE and found["volume"] == "renamed"
+        await until(lambda: stage.devices.list()[0]["size_bytes"] == 2 * SIZE)
         assert stage.kernel.value(0, "size") == str(2 * SIZE // 512)
 
+    monkeypatch.setattr("millpond.nbd.devices.GROW_POLL_S", 0.05)
+    play(tmp_path, scenario)
+
+
+@pytest.mark.expects_warnings
+def test_volume_grows_while_its_device_waits_for_a_connection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(stage: Stage) -> None:
+        await stage.devices.attach("disk")
+        stage.exports.refusal = ExportError("platform", "the store is away")
+        stage.kernel.sockets.pop(0).close()
+        await until(lambda: not stage.devices.list()[0]["served"])
+        stage.exports.export = Export("disk", 2 * SIZE, False, "", VOLUME)
+        await asyncio.sleep(0.3)
+        assert stage.kernel.value(0, "size") == str(SIZE // 512)
+        stage.exports.refusal = None
+        await until(lambda: stage.devices.list()[0]["size_bytes"] == 2 * SIZE)
+
+    monkeypatch.setattr("millpond.nbd.devices.GROW_POLL_S", 0.05)
     play(tmp_path, scenario)
 
 
