@@ -1,6 +1,7 @@
 """/dev/millpond/VOLUME -> /dev/nbdN, and what udev's rule needs to know to make the same link.
 
-    /run/millpond/devices/nbdN   MILLPOND_BACKEND=, _NAME=, _VOLUME=, for 60-millpond.rules
+    /run/millpond/devices/nbdN   MILLPOND_BACKEND=, _NAME=, _VOLUME=, for 60-millpond.rules;
+                                 MILLPOND_BACKEND=, _DETACHED=1: but somebody still has it open
     /dev/millpond/NAME           the link; made here too, for machines without udev
 
 Rules: a name is data: what is not plain is escaped as udev does (\\xNN), and one that is too long
@@ -15,7 +16,7 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
-from millpond.cache.errors import escaped
+from millpond.cache.errors import CacheError, escaped
 from millpond.nbd.sysfs import Backend, Sysfs
 
 _log = logging.getLogger(__name__)
@@ -81,15 +82,49 @@ class DeviceLinks:
         note = self._notes / f"nbd{index}"
         kept = _fields(note)
         if kept.get("MILLPOND_BACKEND") == str(backend):
-            link = self._links / kept.get("MILLPOND_NAME", backend.volume_id.hex())
-            with suppress(OSError):
-                if os.readlink(link) == f"../nbd{index}":
-                    link.unlink()
+            self._unlink(index, kept.get("MILLPOND_NAME", backend.volume_id.hex()))
             note.unlink(missing_ok=True)
             with suppress(OSError):
-                self._links.rmdir()  # when it was the last
-            with suppress(OSError):
-                self._notes.rmdir()
+                self._notes.rmdir()  # when it was the last
+
+    def _unlink(self, index: int, name: str) -> None:
+        link = self._links / name
+        with suppress(OSError):
+            if os.readlink(link) == f"../nbd{index}":
+                link.unlink()
+        with suppress(OSError):
+            self._links.rmdir()  # when it was the last
+
+    def mark_detached(self, index: int, backend: Backend) -> None:
+        """It is not served any more, whatever the kernel says; its link goes.  CacheError.
+
+        Whoever has a device open when it is disconnected keeps it, and its backend, in the kernel,
+        where it looks like one that waits for us.
+        """
+        with self._lock:
+            note = self._notes / f"nbd{index}"
+            self._unlink(index, _fields(note).get("MILLPOND_NAME", backend.volume_id.hex()))
+            try:
+                self._notes.mkdir(parents=True, exist_ok=True)
+                _replace(note, f'MILLPOND_BACKEND="{backend}"\nMILLPOND_DETACHED="1"\n')
+            except OSError as error:
+                raise CacheError(
+                    f"cannot note in {note} that /dev/nbd{index} is detached:"
+                    f" {os.strerror(error.errno or 0)}"
+                ) from None
+        self._sysfs.announce(index)
+
+    def is_detached(self, index: int, backend: Backend) -> bool:
+        """It is there only because somebody still has it open."""
+        found = _fields(self._notes / f"nbd{index}")
+        return "MILLPOND_DETACHED" in found and found.get("MILLPOND_BACKEND") == str(backend)
+
+    def drop_detached(self, backend: Backend) -> None:
+        """The kernel has no device of this backend any more."""
+        with self._lock:
+            for index, found in self.stale(backend.cache_id):
+                if found == backend and self.is_detached(index, backend):
+                    self._remove(index, backend)
 
     def stale(self, cache_id: bytes) -> list[tuple[int, Backend]]:
         """Devices that this cache left a note of; some may be gone."""

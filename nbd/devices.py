@@ -13,6 +13,7 @@ Failure modes:
     the volume cannot be opened (its store is away)      -> again and again; the kernel queues I/O
     the kernel ignores a new socket, the old one lives   -> our end ends; again, a little later
     the device was disconnected behind our back          -> forgotten, with its link
+    detached by force while somebody has it open         -> it fails all I/O, is never taken up
 """
 
 import asyncio
@@ -20,6 +21,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -32,7 +34,13 @@ from millpond.nbd import keeper as keepers
 from millpond.nbd import netlink as kernel_netlink
 from millpond.nbd.devicelinks import DeviceLinks
 from millpond.nbd.keeper import Keeper, Kernel
-from millpond.nbd.limits import ADOPT_WAIT_S, DEAD_TIMEOUT_S, DETACH_WAIT_S, GROW_POLL_S
+from millpond.nbd.limits import (
+    ADOPT_WAIT_S,
+    DEAD_TIMEOUT_S,
+    DETACH_WAIT_S,
+    GROW_POLL_S,
+    HELD_POLL_S,
+)
 from millpond.nbd.sysfs import Backend, Sysfs, exclusive, index_of
 from millpond.nbd.worker import in_thread
 
@@ -85,23 +93,31 @@ class KernelDevices:
             # Imports belong to the start: after it, a guest would wait for them.
             await in_thread(self._kernel.netlink.load, "load-netlink")
         for device, backend in ours:
+            if self._kernel.links.is_detached(device.index, backend):
+                continue
             keeper = Keeper(self._kernel, device, backend, backend.volume_id.hex())
             keeper.kept = self._kept.pop(device.backend, None)
             self._add(keeper)
             keeper.keep()
+        there = {(device.index, backend) for device, backend in ours}
         for index, backend in self._kernel.links.stale(self._cache_id):
-            kept = self._keepers.get(index)
-            if kept is None or kept.backend != backend:
+            if (index, backend) not in there:
                 self._kernel.links.remove(index, backend)
         for stranger in self._kept.values():  # its device is gone
             os.close(stranger.fd)
         self._kept.clear()
+        for device, backend in ours:
+            if device.index not in self._keepers:
+                await self._end_again(device.index, backend)
         if self._keepers:
-            _log.info("taking up kernel devices count=%d", len(self._keepers))
-            waits = [asyncio.ensure_future(each.settled.wait()) for each in self._keepers.values()]
-            _, late = await asyncio.wait(waits, timeout=ADOPT_WAIT_S)
-            for wait in late:
-                wait.cancel()
+            await self._wait_settled()
+
+    async def _wait_settled(self) -> None:
+        _log.info("taking up kernel devices count=%d", len(self._keepers))
+        waits = [asyncio.ensure_future(each.settled.wait()) for each in self._keepers.values()]
+        _, late = await asyncio.wait(waits, timeout=ADOPT_WAIT_S)
+        for wait in late:
+            wait.cancel()
 
     async def close(self) -> "list[Kept]":
         """Leave the devices to the next process: the kernel lets I/O wait meanwhile.
@@ -128,7 +144,7 @@ class KernelDevices:
         with self._claim(f"volume {escaped(name)}"):
             opened = await self._open(name)
             try:
-                self._check_new(opened.export.volume_id, name)
+                await self._check_new(opened.export.volume_id, name)
             except BaseException:
                 await opened.release()
                 raise
@@ -159,14 +175,24 @@ class KernelDevices:
             raise VolumeBusy(f"/dev/nbd{index} is in use by another NBD client")
         return index
 
-    def _check_new(self, volume_id: bytes, name: str) -> None:
+    async def _check_new(self, volume_id: bytes, name: str) -> None:
+        kernel = self._kernel
         backend = Backend(self._cache_id, volume_id)
-        for device in self._kernel.sysfs.devices():
-            if device.backend == str(backend):
-                how = ", read-only" if device.read_only else ""
-                raise AlreadyThere(
-                    f"volume {escaped(name)} is attached already as /dev/nbd{device.index}{how}"
+        for device in kernel.sysfs.devices():
+            if device.backend != str(backend):
+                continue
+            if kernel.links.is_detached(device.index, backend):
+                users = await in_thread(partial(kernel.sysfs.users, device.index), "find-users")
+                raise VolumeBusy(
+                    f"volume {escaped(name)} was detached, but /dev/nbd{device.index} is still"
+                    f" {users or 'in use'}"
                 )
+            how = ", read-only" if device.read_only else ""
+            raise AlreadyThere(
+                f"volume {escaped(name)} is attached already as /dev/nbd{device.index}{how}"
+            )
+        # A mark of an earlier device of this volume would be taken for one of the new device.
+        await in_thread(lambda: kernel.links.drop_detached(backend), "drop-marks")
 
     def _add(self, keeper: Keeper) -> None:
         keeper.gone = self._gone
@@ -203,6 +229,9 @@ class KernelDevices:
     def _disconnect(self, keeper: Keeper, force: bool) -> None:
         """Worker thread."""
         if force:
+            # Before DISCONNECT: else a crash between the two would bring a device back to life
+            # whose user has had errors.  The other way round the next start disconnects it.
+            self._kernel.links.mark_detached(keeper.index, keeper.backend)
             self._kernel.netlink.disconnect(keeper.index)
             return
         users = self._kernel.sysfs.users(keeper.index)
@@ -228,9 +257,38 @@ class KernelDevices:
         if self._keepers.get(keeper.index) is keeper:
             del self._keepers[keeper.index]
             keeper.drop_kept()
-        await in_thread(
-            lambda: self._kernel.links.remove(keeper.index, keeper.backend), f"unlink-{keeper.path}"
-        )
+        index, backend, kernel = keeper.index, keeper.backend, self._kernel
+        try:
+            if _is_there(kernel, index, backend):
+                await in_thread(lambda: kernel.links.mark_detached(index, backend), "mark")
+                self._spawn_let_go(index, backend)
+            else:
+                await in_thread(lambda: kernel.links.remove(index, backend), f"unlink-nbd{index}")
+        except CacheError as error:
+            _log.warning("a restart may take it up again reason=%s", escaped(str(error)))
+
+    async def _end_again(self, index: int, backend: Backend) -> None:
+        """The process before may have died between the mark and its DISCONNECT.
+
+        Waited for: later, the number may be another device's.
+        """
+        try:
+            await in_thread(partial(self._kernel.netlink.disconnect, index), f"end-nbd{index}")
+        except CacheError as error:
+            _log.warning("not disconnected device=nbd%d reason=%s", index, escaped(str(error)))
+        self._spawn_let_go(index, backend)
+
+    def _spawn_let_go(self, index: int, backend: Backend) -> None:
+        self._kernel.tasks.spawn(self._let_go(index, backend), f"let-go-nbd{index}")
+
+    async def _let_go(self, index: int, backend: Backend) -> None:
+        """Take the mark away when nobody has the device any more."""
+        kernel = self._kernel
+        while kernel.links.is_detached(index, backend):
+            if not _is_there(kernel, index, backend):
+                await in_thread(lambda: kernel.links.drop_detached(backend), "drop-marks")
+                return
+            await asyncio.sleep(HELD_POLL_S)
 
     # -- growing
 
@@ -274,6 +332,12 @@ class KernelDevices:
             "served": keeper.served,
             "problem": keeper.problem or None,
         }
+
+
+def _is_there(kernel: Kernel, index: int, backend: Backend) -> bool:
+    """The kernel has the device; which may be over, with somebody who has not closed it."""
+    device = kernel.sysfs.device(index)
+    return device is not None and device.backend == str(backend)
 
 
 def handlers_of(devices: KernelDevices) -> dict[str, Handler]:

@@ -26,6 +26,8 @@ DEAD_TIMEOUT_S = 24 * 3600
 ADOPT_WAIT_S = 5.0
 # A connection that lived for so long was no failed attempt.
 SETTLED_S = 5.0
+# A device that somebody kept open is looked at so often after its detach, until it is let go.
+HELD_POLL_S = 1.0
 # After DISCONNECT the engine answers what it has; then its end closes.
 DETACH_WAIT_S = 10.0
 # How late a device grows with its volume: one call to each store for all of them.

@@ -20,7 +20,7 @@ from millpond.cache.errors import AlreadyThere, CacheError, NotPermitted, Volume
 from millpond.cache.exports import NOBODY, Agreed, Export, ExportError, Owner
 from millpond.cache.handover import Kept
 from millpond.cache.tasks import Tasks
-from millpond.nbd.devicelinks import link_name
+from millpond.nbd.devicelinks import DeviceLinks, link_name
 from millpond.nbd.devices import KernelDevices
 from millpond.nbd.netlink import refusal
 from millpond.nbd.sysfs import Backend, Sysfs, index_of
@@ -37,6 +37,9 @@ class PlayedKernel:
         self.root = root
         self.sockets: dict[int, socket.socket] = {}
         self.ignored = 0  # so many RECONFIGUREs come too early
+        self.held: set[int] = set()  # open: what is disconnected stays until it is let go
+        self.disconnects = 0
+        self.marked = False  # at the last of them
 
     def plug(self, index: int, backend: str, size_bytes: int = SIZE, ro: int = 0) -> None:
         """A device is there."""
@@ -91,8 +94,18 @@ class PlayedKernel:
             self.sockets[index] = sock.dup()
 
     def disconnect(self, index: int) -> None:
-        self.sockets.pop(index).close()
-        (self.root / "sys" / "block" / f"nbd{index}" / "pid").unlink()
+        self.disconnects += 1
+        note = self.root / "run" / "millpond" / "devices" / f"nbd{index}"
+        self.marked = note.exists() and "MILLPOND_DETACHED" in note.read_text()
+        if index in self.sockets:
+            self.sockets.pop(index).close()
+        if index not in self.held:
+            self.let_go(index)
+
+    def let_go(self, index: int) -> None:
+        """The last one has closed a device that was disconnected."""
+        self.held.discard(index)
+        (self.root / "sys" / "block" / f"nbd{index}" / "pid").unlink(missing_ok=True)
 
 
 class PlayedExport:
@@ -161,10 +174,15 @@ class Stage:
         self.exports = PlayedExports()
         self.failures: list[BaseException] = []
         self.tasks = Tasks(self.failures.append)
-        self.devices = KernelDevices(
-            self.exports, OURS, self.tasks, sysfs=Sysfs(str(root)), netlink=self.kernel
-        )
+        self.root = root
+        self.devices = self.another()
         self.links = root / "dev" / "millpond"
+
+    def another(self) -> KernelDevices:
+        """The devices as a new process sees them."""
+        return KernelDevices(
+            self.exports, OURS, self.tasks, sysfs=Sysfs(str(self.root)), netlink=self.kernel
+        )
 
 
 def play(root: Path, scenario: Callable[[Stage], Awaitable[None]]) -> None:
@@ -419,14 +437,69 @@ def test_device_in_use_is_not_detached_and_goes_on(tmp_path: Path) -> None:
     play(tmp_path, scenario)
 
 
+def test_device_detached_by_force_and_still_open_stays_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(stage: Stage) -> None:
+        await stage.devices.attach("disk")
+        stage.kernel.held.add(0)
+        await stage.devices.detach("disk", force=True)
+        assert stage.kernel.marked, "a crash behind DISCONNECT must find the mark"
+        assert stage.devices.list() == [] and not stage.links.exists()
+        with pytest.raises(VolumeBusy, match="detached, but /dev/nbd0 is still in use"):
+            await stage.devices.attach("disk")
+        again = stage.another()
+        await again.start()
+        assert again.list() == [] and 0 not in stage.kernel.sockets
+        stage.kernel.let_go(0)
+        assert (await again.attach("disk"))["served"]
+        await asyncio.sleep(0.1)  # whoever watched for the end of the device sees a new one
+        assert (stage.links / "disk").is_symlink()
+        third = stage.another()
+        await again.close()
+        stage.kernel.sockets.pop(0).close()
+        await third.start()
+        assert third.list()[0]["served"]
+        await third.close()
+
+    monkeypatch.setattr("millpond.nbd.devices.HELD_POLL_S", 0.02)
+    play(tmp_path, scenario)
+
+
+def test_nothing_is_left_of_a_device_that_is_let_go_after_its_detach(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(stage: Stage) -> None:
+        await stage.devices.attach("disk")
+        stage.kernel.held.add(0)
+        await stage.devices.detach("disk")  # udev, say, looks at it at this moment
+        assert stage.devices.list() == []
+        stage.kernel.let_go(0)
+        await until(lambda: not (tmp_path / "run" / "millpond" / "devices").exists())
+
+    monkeypatch.setattr("millpond.nbd.devices.HELD_POLL_S", 0.02)
+    play(tmp_path, scenario)
+
+
+def test_crash_between_the_mark_and_disconnect_by_force(tmp_path: Path) -> None:
+    async def scenario(stage: Stage) -> None:
+        backend = Backend(OURS, VOLUME)
+        stage.kernel.plug(0, str(backend))
+        DeviceLinks(Sysfs(str(tmp_path))).mark_detached(0, backend)
+        await stage.devices.start()
+        assert stage.devices.list() == []
+        await until(lambda: not (tmp_path / "run" / "millpond" / "devices").exists())
+        assert stage.kernel.disconnects == 1
+
+    play(tmp_path, scenario)
+
+
 def test_link_of_a_device_that_is_gone_is_removed_at_the_start(tmp_path: Path) -> None:
     async def scenario(stage: Stage) -> None:
         await stage.devices.attach("disk")
         await stage.devices.close()
         stage.kernel.disconnect(0)
-        again = KernelDevices(
-            stage.exports, OURS, stage.tasks, sysfs=Sysfs(str(tmp_path)), netlink=stage.kernel
-        )
+        again = stage.another()
         await again.start()
         assert not stage.links.exists() and again.list() == []
 

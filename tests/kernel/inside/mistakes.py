@@ -74,6 +74,26 @@ opened = os.open("/dev/nbd1", os.O_RDONLY)
 refused(5, "/dev/nbd1 is open in ", "detach", "/dev/nbd1")
 os.close(opened)
 
+# By force: who has it keeps a dead device, for restarts of the daemon too, until it is let go.
+printk = Path("/proc/sys/kernel/printk")
+sh("mount", "/dev/nbd1", "/run/disk")
+printk.write_text("1")  # a file system without its disk complains, and should
+millpond("detach", "disk", "--force")
+assert not devices() and not os.path.lexists("/dev/millpond/disk")
+refused(5, "detached, but /dev/nbd1 is still mounted at /run/disk", "attach", "disk")
+daemon.kill()
+daemon.start()
+assert not devices(), devices()
+try:
+    os.listdir("/run/disk/lost+found")
+    raise AssertionError("the device came back to life")
+except OSError as error:
+    say(f"a device that was detached by force: {error}")
+sh("umount", "/run/disk")
+printk.write_text("5")
+clean("nbd1")
+assert millpond("attach", "disk", "--device", "nbd1") == "/dev/nbd1\n"
+
 # It grows with its volume.
 millpond("volume", "resize", "disk", "1280MiB")
 until(lambda: Path("/sys/block/nbd1/size").read_text().strip() == str(1280 * MIB // 512), "grown")
