@@ -208,37 +208,63 @@ class KernelDevices:
         force: also one that is in use or waits; what is not written is lost.
         """
         keeper = self._find(target)
-        with self._claim(keeper.path):
-            if not force and not keeper.served:
-                raise VolumeBusy(
-                    f"{keeper.path} waits for its volume: {keeper.problem or 'not served yet'};"
-                    " --force fails what waits"
-                )
-            described = self._describe(keeper)
-            await keeper.pause()
-            try:
-                await in_thread(lambda: self._disconnect(keeper, force), f"detach-{keeper.path}")
-            except BaseException:
-                keeper.keep()
-                raise
-            await keeper.ended(DETACH_WAIT_S)
-            await self._forget(keeper)
+        described = self._describe(keeper)
+        if force:
+            with self._claim(f"{keeper.path}, by force"):
+                await self._detach_by_force(keeper)
+        else:
+            with self._claim(keeper.path):
+                await self._detach(keeper)
         _log.info("detached volume=%s device=%s", escaped(keeper.name), keeper.path)
         return described
 
-    def _disconnect(self, keeper: Keeper, force: bool) -> None:
-        """Worker thread."""
-        if force:
-            # Before DISCONNECT: else a crash between the two would bring a device back to life
-            # whose user has had errors.  The other way round the next start disconnects it.
-            self._kernel.links.mark_detached(keeper.index, keeper.backend)
-            self._kernel.netlink.disconnect(keeper.index)
-            return
-        users = self._kernel.sysfs.users(keeper.index)
-        if users:
-            raise VolumeBusy(f"{keeper.path} is {users}")
-        with exclusive(self._kernel.sysfs, keeper.index):
-            self._kernel.netlink.disconnect(keeper.index)
+    async def _detach(self, keeper: Keeper) -> None:
+        if not keeper.served:
+            raise VolumeBusy(
+                f"{keeper.path} waits for its volume: {keeper.problem or 'not served yet'};"
+                " --force fails what waits"
+            )
+        loop = asyncio.get_running_loop()
+
+        def disconnect() -> None:
+            users = self._kernel.sysfs.users(keeper.index)
+            if users:
+                raise VolumeBusy(f"{keeper.path} is {users}")
+            with exclusive(self._kernel.sysfs, keeper.index):
+                # Not before: what is written back here waits for the keeper, if the connection
+                # ends meanwhile.
+                asyncio.run_coroutine_threadsafe(keeper.pause(), loop).result()
+                keeper.disconnect()
+
+        try:
+            await in_thread(disconnect, f"detach-{keeper.path}")
+        except CacheError:
+            keeper.resume()
+            raise
+        await keeper.ended(DETACH_WAIT_S)
+        await self._forget(keeper)
+
+    async def _detach_by_force(self, keeper: Keeper) -> None:
+        """Also one that a plain detach is stuck in: what that waits for fails."""
+        kernel = self._kernel
+        await keeper.pause()
+        # Before DISCONNECT: else a crash between the two would bring a device back to life whose
+        # user has had errors.  The other way round the next start disconnects it.
+        try:
+            await in_thread(
+                lambda: kernel.links.mark_detached(keeper.index, keeper.backend), "mark"
+            )
+        except CacheError:
+            keeper.resume()
+            raise
+        keeper.over = True
+        try:
+            await in_thread(keeper.disconnect_by_force, f"force-{keeper.path}")
+        except CacheError as error:
+            keeper.problem = f"half detached, detach --force again: {error}"
+            raise
+        await keeper.ended(DETACH_WAIT_S)
+        await self._forget(keeper)
 
     def _find(self, target: str) -> Keeper:
         for keeper in self._keepers.values():

@@ -9,6 +9,7 @@ import dataclasses
 import logging
 import os
 import socket
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final
@@ -52,26 +53,53 @@ class _Gone(Exception):
     """The kernel has no such device any more."""
 
 
+class End:
+    """Of a connection that the engine has: when it comes, and how to bring it about."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._came: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        # Not sock.dup(), which makes both block: the engine has the other one.
+        self._sock = socket.socket(fileno=os.dup(sock.fileno()))
+
+    def done(self) -> bool:
+        """The engine has nothing to do with it any more."""
+        return self._came.done()
+
+    async def wait(self, timeout_s: float | None = None) -> None:
+        """Until it comes, or for so long."""
+        await asyncio.wait([self._came], timeout=timeout_s)
+
+    def come(self) -> None:
+        """The engine says so.  Before, the kernel would not see the end of the connection."""
+        self._sock.close()
+        if not self._came.done():
+            self._came.set_result(None)
+
+    def cut(self) -> None:
+        """The kernel's next send fails, and the one that waits for the engine to read."""
+        with suppress(OSError):  # it came
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+
 def give_to_engine(
     opened: OpenExport, sock: socket.socket, agreed: Agreed, *, received: bytes = b"", tag: str
-) -> "asyncio.Future[None]":
-    """The engine serves it from here; the future is the end of it."""
-    closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def on_closed() -> None:
-        if not closed.done():
-            closed.set_result(None)
-
-    opened.handover(sock, received, agreed, Owner(on_closed, tag))
-    return closed
+) -> End:
+    """The engine serves it from here, until the end."""
+    end = End(sock)
+    try:
+        opened.handover(sock, received, agreed, Owner(end.come, tag))
+    except BaseException:
+        end.come()
+        raise
+    return end
 
 
 def connected_pair(
     opened: OpenExport, backend: Backend, *, read_only: bool
-) -> "tuple[asyncio.Future[None], socket.socket]":
+) -> tuple[End, socket.socket]:
     """A new connection: the engine serves one end, the other is for the kernel.
 
-    The future is the end of it.  When it raises, the export is still held.
+    When it raises, the export is still held.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     for each in (ours, theirs):
@@ -95,8 +123,13 @@ class Keeper:
         self.settled = asyncio.Event()  # the first attempt to serve it has ended, well or not
         self.gone: Callable[[Keeper], None] = lambda keeper: None
         self.kept: Kept | None = None  # its connection, of the process before
+        self.over = False  # detached by force: nobody serves it any more
         self._kernel = kernel
-        self._closed: asyncio.Future[None] | None = None
+        self._closed: End | None = None
+        self._offered: End | None = None  # given to the engine; the kernel may not have it yet
+        # What the kernel is told of it, one at a time: a thread that nobody waits for any more must
+        # not give a connection to a device that is over.
+        self._turn = threading.Lock()
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -109,8 +142,9 @@ class Keeper:
         """The engine has its connection."""
         return self._closed is not None and not self._closed.done()
 
-    def keep(self, closed: "asyncio.Future[None] | None" = None) -> None:
+    def keep(self, closed: End | None = None) -> None:
         """Serve it from here; closed: the end of the connection that it has already."""
+        assert self._task is None and not self.over
         self._closed = closed or self._closed
         name = f"keep-nbd{self.index}"
         self._task = self._kernel.tasks.spawn(self._keep(), name)
@@ -122,10 +156,32 @@ class Keeper:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
+    def resume(self) -> None:
+        """Undo a pause, if there was one."""
+        if self._task is None and not self.over:
+            self.keep()
+
     async def ended(self, timeout_s: float) -> None:
         """Until the engine is done with the connection."""
         if self._closed is not None:
-            await asyncio.wait([self._closed], timeout=timeout_s)
+            await self._closed.wait(timeout_s)
+
+    def disconnect(self) -> None:
+        """The device is no device any more; paused before.  Worker thread."""
+        with self._turn:
+            self._kernel.netlink.disconnect(self.index)
+
+    def disconnect_by_force(self) -> None:
+        """As disconnect, when the guest or a thread of ours is stuck in it.  Worker thread.
+
+        A send of the kernel's that waits for the engine has a lock that DISCONNECT needs, and no
+        time limit: cut it off first.
+        """
+        assert self.over
+        for end in (self._closed, self._offered):
+            if end is not None:
+                end.cut()
+        self.disconnect()
 
     async def grow(self, size_bytes: int) -> None:
         """The engine serves more: tell the kernel.
@@ -134,12 +190,15 @@ class Keeper:
         lock held that RECONFIGURE needs.
         """
         assert self.served, "it would wait for a socket that waits for it"
-        await in_thread(
-            lambda: self._kernel.netlink.reconfigure(
-                self.index, backend=str(self.backend), size_bytes=size_bytes
-            ),
-            f"grow-nbd{self.index}",
-        )
+
+        def tell() -> None:
+            with self._turn:
+                if not self.over:
+                    self._kernel.netlink.reconfigure(
+                        self.index, backend=str(self.backend), size_bytes=size_bytes
+                    )
+
+        await in_thread(tell, f"grow-nbd{self.index}")
         self.size_bytes = size_bytes
         _log.info("kernel device grown device=%s size=%d", self.path, size_bytes)
 
@@ -151,7 +210,7 @@ class Keeper:
         while True:
             if self._closed is not None:
                 began_s = loop.time()
-                await asyncio.wait([self._closed])
+                await self._closed.wait()
                 self._closed = None
                 if loop.time() - began_s > SETTLED_S:
                     backoff.reset()
@@ -191,9 +250,12 @@ class Keeper:
         except BaseException:
             await opened.release()
             raise
+        self._offered = closed
 
         def give() -> None:
-            with theirs:
+            with theirs, self._turn:
+                if self.over:
+                    return
                 # Never a size with it: the kernel sets that first, and first waits for all I/O in
                 # flight, which waits for this socket.  Growth comes once it is served.
                 kernel.netlink.reconfigure(

@@ -8,7 +8,9 @@ import errno
 import os
 import socket
 import threading
-from collections.abc import Awaitable, Callable, Sequence
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +39,12 @@ class PlayedKernel:
         self.root = root
         self.sockets: dict[int, socket.socket] = {}
         self.ignored = 0  # so many RECONFIGUREs come too early
+        self.gate = threading.Event()  # RECONFIGURE waits until it is set
+        self.gate.set()
         self.held: set[int] = set()  # open: what is disconnected stays until it is let go
         self.disconnects = 0
         self.marked = False  # at the last of them
+        self.is_stuck = False  # a send waits for the engine, with a lock that DISCONNECT needs
 
     def plug(self, index: int, backend: str, size_bytes: int = SIZE, ro: int = 0) -> None:
         """A device is there."""
@@ -83,6 +88,7 @@ class PlayedKernel:
         size_bytes: int | None = None,
         dead_timeout_s: int | None = None,
     ) -> None:
+        self.gate.wait()
         assert self.value(index, "backend") == backend
         if size_bytes is not None:  # it waits for what is in flight
             assert sock is None and self.is_served(index), "it would wait for ever"
@@ -94,6 +100,8 @@ class PlayedKernel:
             self.sockets[index] = sock.dup()
 
     def disconnect(self, index: int) -> None:
+        while self.is_stuck and self.is_served(index):
+            time.sleep(0.01)
         self.disconnects += 1
         note = self.root / "run" / "millpond" / "devices" / f"nbd{index}"
         self.marked = note.exists() and "MILLPOND_DETACHED" in note.read_text()
@@ -490,6 +498,73 @@ def test_crash_between_the_mark_and_disconnect_by_force(tmp_path: Path) -> None:
         assert stage.devices.list() == []
         await until(lambda: not (tmp_path / "run" / "millpond" / "devices").exists())
         assert stage.kernel.disconnects == 1
+
+    play(tmp_path, scenario)
+
+
+def test_connection_ends_while_a_detach_writes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(stage: Stage) -> None:
+        @contextmanager
+        def exclusive(sysfs: Sysfs, index: int) -> Iterator[None]:
+            stage.kernel.sockets.pop(0).close()
+            for _ in range(1000):
+                if 0 in stage.kernel.sockets:
+                    yield  # what was written has waited for a new connection
+                    return
+                time.sleep(0.01)
+            raise AssertionError("nobody connects it again")
+
+        monkeypatch.setattr("millpond.nbd.devices.exclusive", exclusive)
+        await stage.devices.attach("disk")
+        await stage.devices.detach("disk")
+        assert stage.devices.list() == []
+
+    play(tmp_path, scenario)
+
+
+def test_force_ends_a_guest_that_is_stuck_and_the_detach_that_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(stage: Stage) -> None:
+        waits = threading.Event()
+
+        @contextmanager
+        def exclusive(sysfs: Sysfs, index: int) -> Iterator[None]:
+            waits.set()
+            while not stage.kernel.disconnects:  # written back only by a log that is full
+                time.sleep(0.01)
+            raise CacheError("cannot be written back")
+            yield
+
+        monkeypatch.setattr("millpond.nbd.devices.exclusive", exclusive)
+        await stage.devices.attach("disk")
+        stage.kernel.is_stuck = True
+        plain = asyncio.ensure_future(stage.devices.detach("disk"))
+        await until(waits.is_set)
+        async with asyncio.timeout(20):
+            await stage.devices.detach("disk", force=True)
+            with pytest.raises(CacheError, match="cannot be written back"):
+                await plain
+        assert stage.devices.list() == [] and stage.exports.opened == 1
+        assert not (tmp_path / "run" / "millpond" / "devices").exists()
+
+    play(tmp_path, scenario)
+
+
+def test_connection_that_is_late_is_not_given_to_a_device_that_is_over(tmp_path: Path) -> None:
+    async def scenario(stage: Stage) -> None:
+        await stage.devices.attach("disk")
+        stage.kernel.gate.clear()  # the thread that gives the device a new connection is slow
+        stage.kernel.sockets.pop(0).close()
+        await until(lambda: stage.exports.opened == 2)
+        forced = asyncio.ensure_future(stage.devices.detach("disk", force=True))
+        await asyncio.sleep(0.1)
+        stage.kernel.gate.set()
+        await forced
+        await until(lambda: not any("adopt" in each.name for each in threading.enumerate()))
+        assert 0 not in stage.kernel.sockets and stage.devices.list() == []
 
     play(tmp_path, scenario)
 
