@@ -60,6 +60,9 @@ class DeviceLinks:
         link = link_name(name, backend.volume_id)
         try:
             self._notes.mkdir(parents=True, exist_ok=True)
+            before = _fields(self._notes / f"nbd{index}").get("MILLPOND_NAME", link)
+            if before != link:  # the volume has another name now
+                self._unlink(index, before)
             text = f'MILLPOND_BACKEND="{backend}"\nMILLPOND_NAME="{link}"\n'
             text += f'MILLPOND_VOLUME="{backend.volume_id.hex()}"\n'
             _replace(self._notes / f"nbd{index}", text)
@@ -71,6 +74,15 @@ class DeviceLinks:
                 index,
                 escaped(os.strerror(error.errno or 0)),
             )
+
+    def conflict(self, name: str, backend: Backend) -> str:
+        """What the link of a volume leads to, if that is a living device of another; or ""."""
+        try:
+            held = os.readlink(self.path_of(name, backend.volume_id))
+        except OSError:
+            return ""
+        owner = self._owner(held)
+        return held.replace("../", "/dev/") if owner not in (None, backend) else ""
 
     def remove(self, index: int, backend: Backend) -> None:
         """The device is not this volume's any more."""

@@ -27,7 +27,7 @@ from typing import Any
 
 from millpond.cache.control import Handler, Request
 from millpond.cache.errors import AlreadyThere, CacheError, VolumeBusy, VolumeUnknown, escaped
-from millpond.cache.exports import DeviceExports, ExportError, OpenExport
+from millpond.cache.exports import DeviceExports, Export, ExportError, OpenExport
 from millpond.cache.handover import Kept
 from millpond.cache.tasks import Tasks
 from millpond.nbd import keeper as keepers
@@ -40,6 +40,7 @@ from millpond.nbd.limits import (
     DETACH_WAIT_S,
     GROW_POLL_S,
     HELD_POLL_S,
+    NAMES_WAIT_S,
 )
 from millpond.nbd.sysfs import Backend, Sysfs, exclusive, index_of
 from millpond.nbd.worker import in_thread
@@ -70,6 +71,8 @@ class KernelDevices:
         self._busy: set[str] = set()  # what is being attached or detached
         self._grower: asyncio.Task[None] | None = None
         self._kept: dict[str, Kept] = {}  # by backend
+        self._asking = asyncio.Lock()
+        self._question: asyncio.Task[None] | None = None  # waits for its turn to be asked
 
     # -- the daemon's start and end
 
@@ -142,9 +145,10 @@ class KernelDevices:
         """Make a volume a block device; as list() describes it.  CacheError."""
         index = self._free_index(device) if device else None
         with self._claim(f"volume {escaped(name)}"):
+            await self.refresh()  # a device of another volume may have had the name
             opened = await self._open(name)
             try:
-                await self._check_new(opened.export.volume_id, name)
+                await self._check_new(opened.export)
             except BaseException:
                 await opened.release()
                 raise
@@ -175,9 +179,9 @@ class KernelDevices:
             raise VolumeBusy(f"/dev/nbd{index} is in use by another NBD client")
         return index
 
-    async def _check_new(self, volume_id: bytes, name: str) -> None:
-        kernel = self._kernel
-        backend = Backend(self._cache_id, volume_id)
+    async def _check_new(self, export: Export) -> None:
+        kernel, name = self._kernel, export.name
+        backend = Backend(self._cache_id, export.volume_id)
         for device in kernel.sysfs.devices():
             if device.backend != str(backend):
                 continue
@@ -191,6 +195,10 @@ class KernelDevices:
             raise AlreadyThere(
                 f"volume {escaped(name)} is attached already as /dev/nbd{device.index}{how}"
             )
+        conflict = await in_thread(partial(kernel.links.conflict, name, backend), "look-at-link")
+        if conflict:
+            link = kernel.links.path_of(name, export.volume_id)
+            raise VolumeBusy(f"{escaped(link)} leads to {conflict}, which has another volume")
         # A mark of an earlier device of this volume would be taken for one of the new device.
         await in_thread(lambda: kernel.links.drop_detached(backend), "drop-marks")
 
@@ -207,6 +215,7 @@ class KernelDevices:
 
         force: also one that is in use or waits; what is not written is lost.
         """
+        await self.refresh()
         keeper = self._find(target)
         described = self._describe(keeper)
         if force:
@@ -283,13 +292,9 @@ class KernelDevices:
         if self._keepers.get(keeper.index) is keeper:
             del self._keepers[keeper.index]
             keeper.drop_kept()
-        index, backend, kernel = keeper.index, keeper.backend, self._kernel
         try:
-            if _is_there(kernel, index, backend):
-                await in_thread(lambda: kernel.links.mark_detached(index, backend), "mark")
-                self._spawn_let_go(index, backend)
-            else:
-                await in_thread(lambda: kernel.links.remove(index, backend), f"unlink-nbd{index}")
+            if not await in_thread(keeper.unlink, f"unlink-nbd{keeper.index}"):
+                self._spawn_let_go(keeper.index, keeper.backend)
         except CacheError as error:
             _log.warning("a restart may take it up again reason=%s", escaped(str(error)))
 
@@ -311,26 +316,35 @@ class KernelDevices:
         """Take the mark away when nobody has the device any more."""
         kernel = self._kernel
         while kernel.links.is_detached(index, backend):
-            if not _is_there(kernel, index, backend):
+            if not kernel.sysfs.has(index, backend):
                 await in_thread(lambda: kernel.links.drop_detached(backend), "drop-marks")
                 return
             await asyncio.sleep(HELD_POLL_S)
 
-    # -- growing
+    # -- what becomes of the volumes
 
     async def _grow_for_ever(self) -> None:
-        """Nobody tells a cache that a volume became larger: ask the stores."""
+        """Nobody tells a cache that a volume became larger, or was renamed: ask the stores."""
         while True:
             await asyncio.sleep(GROW_POLL_S)
-            served = {each.backend.volume_id: each for each in self._keepers.values()}
-            if not served:
-                continue
+            await self.refresh()
+
+    async def refresh(self) -> None:
+        """Hear of names and sizes as they are now, unless that takes long."""
+        if not self._keepers:
+            return
+        if self._question is None:
+            self._question = self._kernel.tasks.spawn(self._ask_stores(), "ask-for-names")
+        await asyncio.wait([self._question], timeout=NAMES_WAIT_S)
+
+    async def _ask_stores(self) -> None:
+        async with self._asking:
+            self._question = None  # who comes from here on may know of something newer
+            keepers = {each.backend.volume_id: each for each in self._keepers.values()}
             try:
-                sizes = await self._kernel.exports.grow(list(served))
-                for volume_id, size_bytes in sizes.items():
-                    keeper = served[volume_id]
-                    if keeper.served and size_bytes > keeper.size_bytes:
-                        await keeper.grow(size_bytes)
+                exports = await self._kernel.exports.grow(list(keepers))
+                for volume_id, export in exports.items():
+                    await keepers[volume_id].learn(export)
             except (CacheError, ExportError) as error:
                 _log.warning("a kernel device did not grow reason=%s", escaped(str(error)))
 
@@ -360,12 +374,6 @@ class KernelDevices:
         }
 
 
-def _is_there(kernel: Kernel, index: int, backend: Backend) -> bool:
-    """The kernel has the device; which may be over, with somebody who has not closed it."""
-    device = kernel.sysfs.device(index)
-    return device is not None and device.backend == str(backend)
-
-
 def handlers_of(devices: KernelDevices) -> dict[str, Handler]:
     """Its operations of the control socket."""
 
@@ -378,6 +386,7 @@ def handlers_of(devices: KernelDevices) -> dict[str, Handler]:
         return await devices.detach(request.volume, force=request.force)
 
     async def list_devices(request: Request) -> dict[str, Any]:
+        await devices.refresh()
         return {"devices": devices.list()}
 
     return {"attach": attach, "detach": detach, "devices": list_devices}

@@ -123,7 +123,8 @@ class Keeper:
         self.settled = asyncio.Event()  # the first attempt to serve it has ended, well or not
         self.gone: Callable[[Keeper], None] = lambda keeper: None
         self.kept: Kept | None = None  # its connection, of the process before
-        self.over = False  # detached by force: nobody serves it any more
+        self.over = False  # disconnected, or about to be by force: nobody serves it any more
+        self.linked = ""  # the name that its link was made of
         self._kernel = kernel
         self._closed: End | None = None
         self._offered: End | None = None  # given to the engine; the kernel may not have it yet
@@ -201,6 +202,33 @@ class Keeper:
         await in_thread(tell, f"grow-nbd{self.index}")
         self.size_bytes = size_bytes
         _log.info("kernel device grown device=%s size=%d", self.path, size_bytes)
+
+    async def learn(self, export: Export) -> None:
+        """What the stores say of its volume now."""
+        self.name = export.name
+        if self.linked != self.name:
+            await in_thread(self.link, f"link-nbd{self.index}")
+        if self.served and export.size_bytes > self.size_bytes:
+            await self.grow(export.size_bytes)
+
+    def link(self) -> None:
+        """Make its link.  Worker thread."""
+        with self._turn:
+            if not self.over:
+                name = self.name
+                self._kernel.links.make(self.index, name, self.backend)
+                self.linked = name
+
+    def unlink(self) -> bool:
+        """It is over, and its link goes; False: somebody still has the device open, and it is
+        marked.  Worker thread."""
+        with self._turn:
+            self.over = True
+            if self._kernel.sysfs.has(self.index, self.backend):
+                self._kernel.links.mark_detached(self.index, self.backend)
+                return False
+            self._kernel.links.remove(self.index, self.backend)
+            return True
 
     # -- the task
 
@@ -292,10 +320,7 @@ class Keeper:
 
     async def _settings(self) -> None:
         """What a crash between two steps of an attach left undone."""
-        await in_thread(
-            lambda: finish(self._kernel, self.index, self.name, self.backend),
-            f"settings-nbd{self.index}",
-        )
+        await in_thread(lambda: finish(self._kernel, self), f"settings-nbd{self.index}")
 
     def _check(self, export: Export, device: KernelDevice) -> None:
         """Never serve a guest something else than it has seen."""
@@ -310,10 +335,10 @@ class Keeper:
             )
 
 
-def finish(kernel: Kernel, index: int, name: str, backend: Backend) -> None:
+def finish(kernel: Kernel, keeper: Keeper) -> None:
     """The steps of an attach behind CONNECT, each harmless when done before.  Worker thread."""
-    kernel.sysfs.apply_queue_settings(index)
-    kernel.links.make(index, name, backend)
+    kernel.sysfs.apply_queue_settings(keeper.index)
+    keeper.link()
 
 
 async def connect(
@@ -347,5 +372,5 @@ async def connect(
     keeper = Keeper(kernel, device, backend, export.name)
     keeper.keep(closed)
     with suppress(OSError):
-        await in_thread(lambda: finish(kernel, made, export.name, backend), f"finish-nbd{made}")
+        await in_thread(lambda: finish(kernel, keeper), f"finish-nbd{made}")
     return keeper

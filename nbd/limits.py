@@ -32,6 +32,9 @@ HELD_POLL_S = 1.0
 DETACH_WAIT_S = 10.0
 # How late a device grows with its volume: one call to each store for all of them.
 GROW_POLL_S = 5.0
+# Before a volume is looked for by its name, the stores are asked for renames.  One that is silent
+# for so long is away, and what is known stands.
+NAMES_WAIT_S = 2.0
 # Of each direction of a device's socket: one large request fits; more than the usual 208 KiB only
 # where net.core.wmem_max permits it.
 SOCKET_BUFFER_BYTES = 4 << 20

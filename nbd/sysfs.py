@@ -90,9 +90,10 @@ class Sysfs:
             read_only=self._read(index, "ro") == "1",
         )
 
-    def exists(self, index: int) -> bool:
-        """Whether the kernel has such a device, connected or not."""
-        return (self._block / f"nbd{index}").exists()
+    def has(self, index: int, backend: Backend) -> bool:
+        """The device is there; which may be over, with somebody who has not closed it."""
+        device = self.device(index)
+        return device is not None and device.backend == str(backend)
 
     def apply_queue_settings(self, index: int) -> None:
         """What is not as we want it.  Changing the scheduler waits for what is in flight."""

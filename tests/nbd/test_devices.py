@@ -28,7 +28,7 @@ from millpond.nbd.netlink import refusal
 from millpond.nbd.sysfs import Backend, Sysfs, index_of
 
 OURS, THEIRS = bytes(15) + b"\1", bytes(15) + b"\2"
-VOLUME = bytes(15) + b"\7"
+VOLUME, OTHER = bytes(15) + b"\7", bytes(15) + b"\10"
 SIZE = 1 << 20
 
 
@@ -74,7 +74,9 @@ class PlayedKernel:
         """Nothing to import."""
 
     def connect(self, sock: socket.socket, *, index: int | None, **what: Any) -> int:
-        index = 0 if index is None else index
+        if index is None:
+            here = self.root / "sys" / "block"
+            index = next(i for i in range(9) if not (here / f"nbd{i}" / "pid").exists())
         self.plug(index, what["backend"], what["size_bytes"], what["server_flags"] >> 1 & 1)
         self.sockets[index] = sock.dup()
         return index
@@ -142,36 +144,45 @@ class PlayedExport:
 
 
 class PlayedExports:
-    """One volume, `disk`."""
+    """One volume, `disk`, and perhaps others."""
 
     def __init__(self) -> None:
         self.export = Export("disk", SIZE, False, "", VOLUME)
+        self.others: list[Export] = []
         self.refusal: ExportError | None = None
+        self.silent = False  # a store does not answer
         self.serving: set[asyncio.Future[None]] = set()
         self.agreed: list[Agreed] = []
         self.received: list[bytes] = []
         self.opened = self.released = 0
 
+    @property
+    def every(self) -> list[Export]:
+        return [self.export, *self.others]
+
     def names(self) -> list[str]:
-        return ["disk"]
+        return [each.name for each in self.every]
 
     async def describe(self, name: str) -> Export:
         return self.export
 
     async def open(self, name: str) -> PlayedExport:
-        if name != "disk":
-            raise ExportError("unknown", f"volume {name}: no such volume")
-        return await self.open_id(VOLUME)
+        for each in self.every:
+            if each.name == name:
+                return await self.open_id(each.volume_id)
+        raise ExportError("unknown", f"volume {name}: no such volume")
 
     async def open_id(self, volume_id: bytes) -> PlayedExport:
-        assert volume_id == VOLUME
+        (export,) = (each for each in self.every if each.volume_id == volume_id)
         if self.refusal is not None:
             raise self.refusal
         self.opened += 1
-        return PlayedExport(self, self.export)
+        return PlayedExport(self, export)
 
-    async def grow(self, volume_ids: Sequence[bytes]) -> dict[bytes, int]:
-        return dict.fromkeys(volume_ids, self.export.size_bytes)
+    async def grow(self, volume_ids: Sequence[bytes]) -> dict[bytes, Export]:
+        if self.silent:
+            await asyncio.sleep(3600)
+        return {each.volume_id: each for each in self.every if each.volume_id in volume_ids}
 
 
 class Stage:
@@ -566,6 +577,53 @@ def test_connection_that_is_late_is_not_given_to_a_device_that_is_over(tmp_path:
         await until(lambda: not any("adopt" in each.name for each in threading.enumerate()))
         assert 0 not in stage.kernel.sockets and stage.devices.list() == []
 
+    play(tmp_path, scenario)
+
+
+def test_attached_volume_is_renamed_and_another_has_its_name_now(tmp_path: Path) -> None:
+    async def scenario(stage: Stage) -> None:
+        await stage.devices.attach("disk")
+        stage.exports.export = Export("old", SIZE, False, "", VOLUME)
+        stage.exports.others = [Export("disk", SIZE, False, "", OTHER)]
+        made = await stage.devices.attach("disk")
+        assert (made["device"], made["id"]) == ("/dev/nbd1", OTHER.hex())
+        links = {each.name: each.readlink().name for each in stage.links.iterdir()}
+        assert links == {"disk": "nbd1", "old": "nbd0"}
+        stage.exports.others = [Export("new", SIZE, False, "", OTHER)]
+        with pytest.raises(VolumeUnknown, match="disk is not attached"):
+            await stage.devices.detach("disk")
+        assert (await stage.devices.detach("new"))["device"] == "/dev/nbd1"
+        assert [each["volume"] for each in stage.devices.list()] == ["old"]
+
+    play(tmp_path, scenario)
+
+
+def test_renamed_while_no_daemon_ran(tmp_path: Path) -> None:
+    async def scenario(stage: Stage) -> None:
+        await stage.devices.attach("disk")
+        await stage.devices.close()
+        stage.kernel.sockets.pop(0).close()
+        stage.exports.export = Export("old", SIZE, False, "", VOLUME)
+        again = stage.another()
+        await again.start()
+        await until((stage.links / "old").is_symlink)
+        assert not (stage.links / "disk").is_symlink()
+        await again.close()
+
+    play(tmp_path, scenario)
+
+
+def test_renamed_while_it_cannot_be_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(stage: Stage) -> None:
+        await stage.devices.attach("disk")
+        stage.exports.export = Export("old", SIZE, False, "", VOLUME)
+        stage.exports.others = [Export("disk", SIZE, False, "", OTHER)]
+        stage.exports.silent = True
+        with pytest.raises(VolumeBusy, match="dev/millpond/disk leads to /dev/nbd0"):
+            await stage.devices.attach("disk")
+        assert len(stage.devices.list()) == 1 and stage.exports.released == 1
+
+    monkeypatch.setattr("millpond.nbd.devices.NAMES_WAIT_S", 0.05)
     play(tmp_path, scenario)
 
 

@@ -13,6 +13,7 @@ from kernel.inside.pond import (
     Daemon,
     clean,
     devices,
+    entries,
     held_by,
     millpond,
     prepare,
@@ -59,10 +60,15 @@ refused(4, "attached already as /dev/nbd1", "attach", "disk", "--exist-ok", "--r
 assert millpond("attach", "disk", "--exist-ok") == "/dev/nbd1\n"
 poor = Daemon(f"{POND}/poor", poor=True)
 poor.start()
+line = millpond("attach", "disk", "--dir", f"{POND}/poor", code=5)
+assert "/dev/millpond/disk leads to /dev/nbd1, which has another volume" in line, line
+millpond("volume", "rename", "disk", "mine")
+assert devices()[0]["volume"] == "mine" and entries("/dev/millpond") == ["mine"]
 line = millpond("attach", "disk", "--dir", f"{POND}/poor", code=13)
 assert "CAP_SYS_ADMIN" in line, line
 assert devices()[0]["served"] and not Path("/sys/block/nbd2/pid").exists()
 poor.stop()
+millpond("volume", "rename", "mine", "disk")
 say(f"13: {line}")
 
 # In use.
