@@ -349,6 +349,10 @@ async def connect(
     backend = Backend(cache_id, export.volume_id)
     try:
         closed, theirs = connected_pair(opened, backend, read_only=export.read_only)
+    except OSError as error:  # out of descriptors, say
+        await opened.release()
+        reason = os.strerror(error.errno or 0)
+        raise CacheError(f"no connection for volume {escaped(export.name)}: {reason}") from None
     except BaseException:
         await opened.release()
         raise
@@ -367,7 +371,15 @@ async def connect(
                 )
             )
 
-    made = await in_thread(give, "attach")
+    try:
+        made = await in_thread(give, "attach")
+    except CacheError as error:
+        # Not there before, and nobody else makes it: it is of this CONNECT, whose answer was lost.
+        found = [each.index for each in kernel.sysfs.devices() if each.backend == str(backend)]
+        if not found:
+            raise
+        _log.warning("device made all the same index=%d reason=%s", found[0], escaped(str(error)))
+        made = found[0]
     device = KernelDevice(made, str(backend), export.size_bytes, export.read_only)
     keeper = Keeper(kernel, device, backend, export.name)
     keeper.keep(closed)

@@ -39,6 +39,7 @@ class PlayedKernel:
         self.root = root
         self.sockets: dict[int, socket.socket] = {}
         self.ignored = 0  # so many RECONFIGUREs come too early
+        self.answer_is_lost = False  # of CONNECT
         self.gate = threading.Event()  # RECONFIGURE waits until it is set
         self.gate.set()
         self.held: set[int] = set()  # open: what is disconnected stays until it is let go
@@ -79,6 +80,8 @@ class PlayedKernel:
             index = next(i for i in range(9) if not (here / f"nbd{i}" / "pid").exists())
         self.plug(index, what["backend"], what["size_bytes"], what["server_flags"] >> 1 & 1)
         self.sockets[index] = sock.dup()
+        if self.answer_is_lost:
+            raise CacheError("no answer of the kernel")
         return index
 
     def reconfigure(
@@ -367,6 +370,35 @@ def test_connection_ends_while_we_live(tmp_path: Path) -> None:
         stage.kernel.sockets.pop(0).close()
         await until(lambda: 0 in stage.kernel.sockets and bool(stage.devices.list()[0]["served"]))
         assert stage.exports.opened == 2
+
+    play(tmp_path, scenario)
+
+
+@pytest.mark.expects_warnings
+def test_answer_to_connect_is_lost(tmp_path: Path) -> None:
+    async def scenario(stage: Stage) -> None:
+        stage.kernel.answer_is_lost = True
+        made = await stage.devices.attach("disk")
+        assert made["device"] == "/dev/nbd0" and made["served"]
+        assert (stage.links / "disk").is_symlink()
+
+    play(tmp_path, scenario)
+
+
+def test_no_descriptor_is_left_for_a_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(stage: Stage) -> None:
+        def full(*arguments: object) -> None:
+            raise OSError(errno.EMFILE, "")
+
+        monkeypatch.setattr("millpond.nbd.keeper.socket.socketpair", full)
+        try:
+            with pytest.raises(CacheError, match="Too many open files"):
+                await stage.devices.attach("disk")
+        finally:
+            monkeypatch.undo()
+        assert stage.exports.released == 1
 
     play(tmp_path, scenario)
 
