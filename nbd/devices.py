@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 from millpond.cache.control import Handler, Request
 from millpond.cache.errors import AlreadyThere, CacheError, VolumeBusy, VolumeUnknown, escaped
@@ -49,6 +49,8 @@ _log = logging.getLogger(__name__)
 
 _KINDS: dict[str, type[CacheError]] = {"unknown": VolumeUnknown, "busy": VolumeBusy}
 
+Doing = Literal["attach", "detach", "force"]
+
 
 class KernelDevices:
     """All kernel devices of one daemon.  Event loop only."""
@@ -68,7 +70,7 @@ class KernelDevices:
         self._kernel = Kernel(exports, tasks, sysfs, links, netlink, dead_timeout_s)
         self._cache_id = cache_id
         self._keepers: dict[int, Keeper] = {}
-        self._busy: set[str] = set()  # what is being attached or detached
+        self._busy: set[tuple[bytes, Doing]] = set()  # volumes
         self._grower: asyncio.Task[None] | None = None
         self._kept: dict[str, Kept] = {}  # by backend
         self._asking = asyncio.Lock()
@@ -144,18 +146,20 @@ class KernelDevices:
     ) -> dict[str, Any]:
         """Make a volume a block device; as list() describes it.  CacheError."""
         index = self._free_index(device) if device else None
-        with self._claim(f"volume {escaped(name)}"):
-            await self.refresh()  # a device of another volume may have had the name
-            opened = await self._open(name)
-            try:
+        await self.refresh()  # a device of another volume may have had the name
+        opened = await self._open(name)
+        volume_id = opened.export.volume_id
+        try:
+            with self._claim("attach", volume_id, f"volume {escaped(name)}"):
                 await self._check_new(opened.export)
-            except BaseException:
-                await opened.release()
-                raise
-            keeper = await keepers.connect(
-                self._kernel, opened, self._cache_id, index=index, read_only=read_only
-            )
-            self._add(keeper)
+                await self._forget_old(volume_id)
+                keeper = await keepers.connect(
+                    self._kernel, opened, self._cache_id, index=index, read_only=read_only
+                )
+                self._add(keeper)
+        except BaseException:
+            await opened.release()
+            raise
         _log.info("attached volume=%s device=%s", escaped(keeper.name), keeper.path)
         return self._describe(keeper)
 
@@ -219,10 +223,10 @@ class KernelDevices:
         keeper = self._find(target)
         described = self._describe(keeper)
         if force:
-            with self._claim(f"{keeper.path}, by force"):
+            with self._claim("force", keeper.backend.volume_id, keeper.path):
                 await self._detach_by_force(keeper)
         else:
-            with self._claim(keeper.path):
+            with self._claim("detach", keeper.backend.volume_id, keeper.path):
                 await self._detach(keeper)
         _log.info("detached volume=%s device=%s", escaped(keeper.name), keeper.path)
         return described
@@ -289,14 +293,22 @@ class KernelDevices:
         self._kernel.tasks.spawn(self._forget(keeper), f"forget-{keeper.path}")
 
     async def _forget(self, keeper: Keeper) -> None:
-        if self._keepers.get(keeper.index) is keeper:
-            del self._keepers[keeper.index]
-            keeper.drop_kept()
         try:
             if not await in_thread(keeper.unlink, f"unlink-nbd{keeper.index}"):
                 self._spawn_let_go(keeper.index, keeper.backend)
         except CacheError as error:
             _log.warning("a restart may take it up again reason=%s", escaped(str(error)))
+        if self._keepers.get(keeper.index) is keeper:  # another volume's may be there
+            del self._keepers[keeper.index]
+            keeper.drop_kept()
+
+    async def _forget_old(self, volume_id: bytes) -> None:
+        """The kernel has no device of a volume; a keeper that has not seen it yet would take the
+        next one for its own."""
+        for keeper in list(self._keepers.values()):
+            if keeper.backend.volume_id == volume_id:
+                await keeper.pause()
+                await self._forget(keeper)
 
     async def _end_again(self, index: int, backend: Backend) -> None:
         """The process before may have died between the mark and its DISCONNECT.
@@ -351,15 +363,16 @@ class KernelDevices:
     # -- helpers
 
     @contextmanager
-    def _claim(self, what: str) -> Iterator[None]:
-        """One attach or detach of a thing at a time."""
-        if what in self._busy:
-            raise VolumeBusy(f"{what} is being attached or detached at the moment")
-        self._busy.add(what)
+    def _claim(self, doing: Doing, volume_id: bytes, label: str) -> Iterator[None]:
+        """One attach or detach of a volume at a time; force may come to the help of a detach."""
+        beside = "detach" if doing == "force" else None
+        if any(each == volume_id and work != beside for each, work in self._busy):
+            raise VolumeBusy(f"{label} is being attached or detached at the moment")
+        self._busy.add((volume_id, doing))
         try:
             yield
         finally:
-            self._busy.discard(what)
+            self._busy.discard((volume_id, doing))
 
     def _describe(self, keeper: Keeper) -> dict[str, Any]:
         return {

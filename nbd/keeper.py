@@ -125,6 +125,7 @@ class Keeper:
         self.kept: Kept | None = None  # its connection, of the process before
         self.over = False  # disconnected, or about to be by force: nobody serves it any more
         self.linked = ""  # the name that its link was made of
+        self._unlinked: bool | None = None  # what unlink() said
         self._kernel = kernel
         self._closed: End | None = None
         self._offered: End | None = None  # given to the engine; the kernel may not have it yet
@@ -221,14 +222,20 @@ class Keeper:
 
     def unlink(self) -> bool:
         """It is over, and its link goes; False: somebody still has the device open, and it is
-        marked.  Worker thread."""
+        marked.  Worker thread.
+
+        Once: a second one, late, would take the link of a new device of this volume.
+        """
         with self._turn:
             self.over = True
-            if self._kernel.sysfs.has(self.index, self.backend):
-                self._kernel.links.mark_detached(self.index, self.backend)
-                return False
-            self._kernel.links.remove(self.index, self.backend)
-            return True
+            if self._unlinked is None:
+                held = self._kernel.sysfs.has(self.index, self.backend)
+                if held:
+                    self._kernel.links.mark_detached(self.index, self.backend)
+                else:
+                    self._kernel.links.remove(self.index, self.backend)
+                self._unlinked = not held
+            return self._unlinked
 
     # -- the task
 
@@ -344,18 +351,17 @@ def finish(kernel: Kernel, keeper: Keeper) -> None:
 async def connect(
     kernel: Kernel, opened: OpenExport, cache_id: bytes, *, index: int | None, read_only: bool
 ) -> Keeper:
-    """Make a kernel device of an open export; it is served from before it exists."""
+    """Make a kernel device of an open export; it is served from before it exists.
+
+    When it raises, the export may still be held.
+    """
     export = dataclasses.replace(opened.export, read_only=read_only or opened.export.read_only)
     backend = Backend(cache_id, export.volume_id)
     try:
         closed, theirs = connected_pair(opened, backend, read_only=export.read_only)
     except OSError as error:  # out of descriptors, say
-        await opened.release()
         reason = os.strerror(error.errno or 0)
         raise CacheError(f"no connection for volume {escaped(export.name)}: {reason}") from None
-    except BaseException:
-        await opened.release()
-        raise
 
     def give() -> int:
         with theirs:

@@ -127,10 +127,12 @@ class PlayedExport:
     def __init__(self, exports: "PlayedExports", export: Export) -> None:
         self.export = export
         self._exports = exports
+        self._is_held = True
 
     def handover(
         self, sock: socket.socket, received: bytes, agreed: Agreed, owner: Owner = NOBODY
     ) -> None:
+        self._is_held = False
         self._exports.agreed.append(agreed)
         self._exports.received.append(received)
         ours = socket.socket(fileno=sock.detach())
@@ -140,10 +142,12 @@ class PlayedExport:
     async def _until_end(self, sock: socket.socket, owner: Owner) -> None:
         with sock:
             assert await asyncio.get_running_loop().sock_recv(sock, 1) == b""
+        await self._exports.done.wait()
         owner.closed()
 
     async def release(self) -> None:
-        self._exports.released += 1
+        self._exports.released += self._is_held
+        self._is_held = False
 
 
 class PlayedExports:
@@ -153,6 +157,8 @@ class PlayedExports:
         self.export = Export("disk", SIZE, False, "", VOLUME)
         self.others: list[Export] = []
         self.refusal: ExportError | None = None
+        self.done = asyncio.Event()  # the engine, with what a connection that ended asked for
+        self.done.set()
         self.silent = False  # a store does not answer
         self.serving: set[asyncio.Future[None]] = set()
         self.agreed: list[Agreed] = []
@@ -608,6 +614,44 @@ def test_connection_that_is_late_is_not_given_to_a_device_that_is_over(tmp_path:
         await forced
         await until(lambda: not any("adopt" in each.name for each in threading.enumerate()))
         assert 0 not in stage.kernel.sockets and stage.devices.list() == []
+
+    play(tmp_path, scenario)
+
+
+def test_attached_again_while_the_engine_is_not_done_with_the_detached_device(
+    tmp_path: Path,
+) -> None:
+    async def scenario(stage: Stage) -> None:
+        await stage.devices.attach("disk")
+        stage.exports.done.clear()
+        detaching = asyncio.ensure_future(stage.devices.detach("/dev/nbd0"))
+        await until(lambda: stage.kernel.disconnects == 1)
+        with pytest.raises(VolumeBusy, match="disk is being attached or detached"):
+            await stage.devices.attach("disk")
+        stage.exports.done.set()
+        await detaching
+        await stage.devices.attach("disk")
+        assert (stage.links / "disk").is_symlink() and stage.exports.released == 1
+
+    play(tmp_path, scenario)
+
+
+@pytest.mark.expects_warnings
+def test_attached_again_before_its_keeper_has_seen_that_others_disconnected_it(
+    tmp_path: Path,
+) -> None:
+    async def scenario(stage: Stage) -> None:
+        await stage.devices.attach("disk")
+        stage.exports.refusal = ExportError("platform", "the store is away")
+        stage.kernel.sockets.pop(0).close()
+        await until(lambda: stage.devices.list()[0]["problem"] is not None)
+        await asyncio.sleep(0.2)  # so that its next attempt is later than what follows
+        stage.kernel.disconnect(0)
+        stage.exports.refusal = None
+        await stage.devices.attach("disk")
+        await asyncio.sleep(0.7)
+        assert stage.exports.opened == 2, "two keepers have one device"
+        assert stage.devices.list()[0]["served"] and (stage.links / "disk").is_symlink()
 
     play(tmp_path, scenario)
 
