@@ -19,6 +19,7 @@ Failure modes:
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -41,8 +42,10 @@ from millpond.nbd.limits import (
     GROW_POLL_S,
     HELD_POLL_S,
     NAMES_WAIT_S,
+    UDEV_POLL_S,
+    UDEV_WAIT_S,
 )
-from millpond.nbd.sysfs import Backend, Sysfs, exclusive, index_of
+from millpond.nbd.sysfs import Backend, Sysfs, exclusive, index_of, is_udev
 from millpond.nbd.worker import in_thread
 
 _log = logging.getLogger(__name__)
@@ -240,7 +243,7 @@ class KernelDevices:
         loop = asyncio.get_running_loop()
 
         def disconnect() -> None:
-            users = self._kernel.sysfs.users(keeper.index)
+            users = self._users(keeper.index)
             if users:
                 raise VolumeBusy(f"{keeper.path} is {users}")
             with exclusive(self._kernel.sysfs, keeper.index):
@@ -256,6 +259,15 @@ class KernelDevices:
             raise
         await keeper.ended(DETACH_WAIT_S)
         await self._forget(keeper)
+
+    def _users(self, index: int) -> str:
+        """As Sysfs.users, without udev's look behind the last close.  Worker thread."""
+        for _ in range(round(UDEV_WAIT_S / UDEV_POLL_S)):
+            users = self._kernel.sysfs.users(index)
+            if not is_udev(users):
+                return users
+            time.sleep(UDEV_POLL_S)
+        return users
 
     async def _detach_by_force(self, keeper: Keeper) -> None:
         """Also one that a plain detach is stuck in: what that waits for fails."""

@@ -32,6 +32,9 @@ HELD_POLL_S = 1.0
 DETACH_WAIT_S = 10.0
 # How late a device grows with its volume: one call to each store for all of them.
 GROW_POLL_S = 5.0
+# Whoever closes a device makes udev look at it: a detach waits so long for that to pass.
+UDEV_WAIT_S = 2.0
+UDEV_POLL_S = 0.1
 # Before a volume is looked for by its name, the stores are asked for renames.  One that is silent
 # for so long is away, and what is known stands.
 NAMES_WAIT_S = 2.0

@@ -6,6 +6,7 @@ What a real kernel does is in tests/kernel.
 import asyncio
 import errno
 import os
+import re
 import socket
 import threading
 import time
@@ -548,6 +549,45 @@ def test_crash_between_the_mark_and_disconnect_by_force(tmp_path: Path) -> None:
         await until(lambda: not (tmp_path / "run" / "millpond" / "devices").exists())
         assert stage.kernel.disconnects == 1
 
+    play(tmp_path, scenario)
+
+
+def opener(root: Path, name: str) -> Path:
+    """A process that has /dev/nbd0 open."""
+    (root / "sys/block/nbd0/dev").write_text("0:0")  # as plain files have
+    process = root / "proc" / "123"
+    (process / "fd").mkdir(parents=True)
+    (process / "comm").write_text(f"{name}\n")
+    for closed in ("3", "4", "6"):
+        (process / "fd" / closed).write_text("no link: closed at this moment")
+    (process / "fd" / "5").symlink_to(root / "dev" / "nbd0")
+    return process / "fd" / "5"
+
+
+@pytest.mark.parametrize("name", ["(udev-worker)", "systemd-udevd"])
+def test_udev_looks_at_the_device_that_its_user_has_just_closed(tmp_path: Path, name: str) -> None:
+    async def scenario(stage: Stage) -> None:
+        await stage.devices.attach("disk")
+        opened = opener(tmp_path, name)
+        asyncio.get_running_loop().call_later(0.3, opened.unlink)
+        await stage.devices.detach("disk")
+        assert not opened.is_symlink()
+
+    play(tmp_path, scenario)
+
+
+@pytest.mark.parametrize("name", ["qemu-system-x86", "(udev-worker)"])
+def test_device_that_stays_open_is_not_detached(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(stage: Stage) -> None:
+        await stage.devices.attach("disk")
+        opener(tmp_path, name)
+        with pytest.raises(VolumeBusy, match=f"/dev/nbd0 is open in {re.escape(name)}"):
+            await stage.devices.detach("disk")
+        assert stage.devices.list()[0]["served"]
+
+    monkeypatch.setattr("millpond.nbd.devices.UDEV_WAIT_S", 0.2)
     play(tmp_path, scenario)
 
 
