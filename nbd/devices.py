@@ -235,21 +235,24 @@ class KernelDevices:
         return described
 
     async def _detach(self, keeper: Keeper) -> None:
-        if not keeper.served:
-            raise VolumeBusy(
-                f"{keeper.path} waits for its volume: {keeper.problem or 'not served yet'};"
-                " --force fails what waits"
-            )
         loop = asyncio.get_running_loop()
+
+        def pause() -> None:
+            asyncio.run_coroutine_threadsafe(keeper.pause(), loop).result()
 
         def disconnect() -> None:
             users = self._users(keeper.index)
             if users:
                 raise VolumeBusy(f"{keeper.path} is {users}")
+            if not keeper.served:
+                self._check_unused(keeper)
+                pause()
+                keeper.disconnect()
+                return
             with exclusive(self._kernel.sysfs, keeper.index):
                 # Not before: what is written back here waits for the keeper, if the connection
                 # ends meanwhile.
-                asyncio.run_coroutine_threadsafe(keeper.pause(), loop).result()
+                pause()
                 keeper.disconnect()
 
         try:
@@ -259,6 +262,17 @@ class KernelDevices:
             raise
         await keeper.ended(DETACH_WAIT_S)
         await self._forget(keeper)
+
+    def _check_unused(self, keeper: Keeper) -> None:
+        """No connection, no user: nothing is lost, if nothing waits to be written either.
+
+        Whoever closes it, or unmounts it, is no user any more while that waits.
+        """
+        if not self._kernel.sysfs.is_idle(keeper.index):
+            raise VolumeBusy(
+                f"{keeper.path} waits for its volume: {keeper.problem or 'not served yet'}; if"
+                " that does not pass, restart the cache, or --force, which fails what waits"
+            )
 
     def _users(self, index: int) -> str:
         """As Sysfs.users, without udev's look behind the last close.  Worker thread."""

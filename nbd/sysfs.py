@@ -95,6 +95,10 @@ class Sysfs:
         device = self.device(index)
         return device is not None and device.backend == str(backend)
 
+    def is_idle(self, index: int) -> bool:
+        """Nothing is in flight and nothing waits for a connection."""
+        return self._read(index, "inflight").split() == ["0", "0"]
+
     def apply_queue_settings(self, index: int) -> None:
         """What is not as we want it.  Changing the scheduler waits for what is in flight."""
         for name, value in QUEUE_SETTINGS:

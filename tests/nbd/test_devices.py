@@ -53,6 +53,7 @@ class PlayedKernel:
         here = self.root / "sys" / "block" / f"nbd{index}"
         (here / "queue").mkdir(parents=True, exist_ok=True)
         values = {"pid": "77", "backend": backend, "size": str(size_bytes // 512), "ro": str(ro)}
+        values |= {"inflight": "       0        0"}
         values |= {"queue/io_timeout": "30000", "queue/scheduler": "[mq-deadline] none"}
         for name, value in values.items():
             (here / name).write_text(value + "\n")
@@ -351,12 +352,36 @@ def test_store_is_away_at_the_start_and_comes_back(tmp_path: Path) -> None:
         await stage.devices.start()
         (found,) = stage.devices.list()
         assert not found["served"] and found["problem"] == "the store is away"
-        with pytest.raises(VolumeBusy, match="the store is away"):
+        (tmp_path / "sys/block/nbd0/inflight").write_text("       0        3\n")
+        with pytest.raises(VolumeBusy, match="the store is away; if that does not pass, restart"):
             await stage.devices.detach("/dev/nbd0")
         stage.exports.refusal = None
         await until(lambda: bool(stage.devices.list()[0]["served"]))
         assert stage.devices.list()[0]["problem"] is None
 
+    play(tmp_path, scenario)
+
+
+@pytest.mark.expects_warnings
+def test_device_of_a_failed_volume_that_nobody_uses_is_detached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(stage: Stage) -> None:
+        await stage.devices.attach("disk")
+        stage.exports.refusal = ExportError("platform", "writes were not shipped and are kept")
+        stage.kernel.sockets.pop(0).close()
+        await until(lambda: stage.devices.list()[0]["problem"] is not None)
+        opened = opener(tmp_path, "qemu-system-x86")
+        with pytest.raises(VolumeBusy, match="open in qemu"):
+            await stage.devices.detach("disk")
+        opened.unlink()
+        await stage.devices.detach("disk")
+        assert stage.devices.list() == [] and not stage.links.exists()
+
+    def exclusive(*arguments: object) -> None:
+        raise AssertionError("to open it would wait for the volume")
+
+    monkeypatch.setattr("millpond.nbd.devices.exclusive", exclusive)
     play(tmp_path, scenario)
 
 
