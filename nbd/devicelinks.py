@@ -12,6 +12,7 @@ Failure modes: a directory that cannot be written: logged, the device works with
 
 import logging
 import os
+import re
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -26,11 +27,13 @@ FILE_NAME_BYTES_MAX = 255
 
 
 def link_name(name: str, volume_id: bytes) -> str:
-    """A file name for a volume's name: one to one, never a path, never hidden."""
+    """A file name for a volume's name: one to one, never a path, hidden, or a partition's."""
     encoded = name.encode()
     out = "".join(chr(byte) if byte in PLAIN else f"\\x{byte:02x}" for byte in encoded)
     if out.startswith("."):
         out = f"\\x2e{out[1:]}"
+    # The rule calls a partition VOLUME-partN: guests make those, and must not take another's link.
+    out = re.sub(r"-(part\d+)$", r"\\x2d\1", out)
     return out if out and len(out) <= FILE_NAME_BYTES_MAX else volume_id.hex()
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from millpond.cache.errors import AlreadyThere, CacheError, NotPermitted, VolumeBusy, VolumeUnknown
@@ -812,14 +812,22 @@ NAMES = st.text(st.characters(exclude_characters="/", exclude_categories=["Cs"])
 
 
 @given(NAMES, NAMES)
+@example("disk-part1", "disk")
 def test_link_of_any_volume_is_a_plain_file_name(first: str, second: str) -> None:
     one, two = link_name(first, OURS), link_name(second, THEIRS)
     assert one.isascii() and one.isprintable() and not set(one) & set("/ \"'$")
     assert not one.startswith(".") and 0 < len(one) <= 255
     assert one != two or first == second
+    assert not re.search(r"-part[0-9]+$", one)
 
 
 def test_link_of_a_name_too_long_for_a_file_is_the_id() -> None:
     assert link_name("ü" * 120, VOLUME) == VOLUME.hex()
     assert link_name("u" * 255, VOLUME) == "u" * 255
+    assert link_name("u" * 249 + "-part1", VOLUME) == VOLUME.hex()
+
+
+def test_links_of_names_that_need_an_escape() -> None:
+    assert link_name("disk-part12", VOLUME) == "disk\\x2dpart12"
+    assert link_name("disk-part1a", VOLUME) == "disk-part1a"
     assert link_name("a b.", VOLUME) == "a\\x20b."
