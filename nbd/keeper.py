@@ -348,6 +348,16 @@ def finish(kernel: Kernel, keeper: Keeper) -> None:
     keeper.link()
 
 
+async def _check_backend(kernel: Kernel, index: int, backend: Backend) -> None:
+    """Without it the device would be nobody's after this process."""
+    device = kernel.sysfs.device(index)
+    if device is None or device.backend not in ("", str(backend)):
+        raise CacheError(f"/dev/nbd{index} was disconnected by others at once")
+    if not device.backend:
+        await in_thread(lambda: kernel.netlink.disconnect(index), f"undo-nbd{index}")
+        raise CacheError("kernel devices need Linux 5.14: this one forgets whose they are")
+
+
 async def connect(
     kernel: Kernel, opened: OpenExport, cache_id: bytes, *, index: int | None, read_only: bool
 ) -> Keeper:
@@ -386,6 +396,7 @@ async def connect(
             raise
         _log.warning("device made all the same index=%d reason=%s", found[0], escaped(str(error)))
         made = found[0]
+    await _check_backend(kernel, made, backend)
     device = KernelDevice(made, str(backend), export.size_bytes, export.read_only)
     keeper = Keeper(kernel, device, backend, export.name)
     keeper.keep(closed)

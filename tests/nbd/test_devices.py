@@ -40,6 +40,7 @@ class PlayedKernel:
         self.root = root
         self.sockets: dict[int, socket.socket] = {}
         self.ignored = 0  # so many RECONFIGUREs come too early
+        self.is_old = False  # it knows no backends
         self.answer_is_lost = False  # of CONNECT
         self.gate = threading.Event()  # RECONFIGURE waits until it is set
         self.gate.set()
@@ -80,7 +81,8 @@ class PlayedKernel:
         if index is None:
             here = self.root / "sys" / "block"
             index = next(i for i in range(9) if not (here / f"nbd{i}" / "pid").exists())
-        self.plug(index, what["backend"], what["size_bytes"], what["server_flags"] >> 1 & 1)
+        backend = "" if self.is_old else what["backend"]
+        self.plug(index, backend, what["size_bytes"], what["server_flags"] >> 1 & 1)
         self.sockets[index] = sock.dup()
         if self.answer_is_lost:
             raise CacheError("no answer of the kernel")
@@ -413,6 +415,17 @@ def test_answer_to_connect_is_lost(tmp_path: Path) -> None:
         made = await stage.devices.attach("disk")
         assert made["device"] == "/dev/nbd0" and made["served"]
         assert (stage.links / "disk").is_symlink()
+
+    play(tmp_path, scenario)
+
+
+def test_kernel_is_too_old_for_backends(tmp_path: Path) -> None:
+    async def scenario(stage: Stage) -> None:
+        stage.kernel.is_old = True
+        with pytest.raises(CacheError, match=r"need Linux 5\.14"):
+            await stage.devices.attach("disk")
+        assert stage.devices.list() == [] and stage.kernel.disconnects == 1
+        assert not stage.kernel.sockets and not stage.links.exists()
 
     play(tmp_path, scenario)
 
