@@ -27,7 +27,7 @@ from millpond.cache.handover import Kept
 from millpond.cache.tasks import Backoff, Tasks
 from millpond.nbd.devicelinks import DeviceLinks
 from millpond.nbd.handshake import transmission_flags
-from millpond.nbd.limits import SETTLED_S, SOCKET_BUFFER_BYTES
+from millpond.nbd.limits import REFUSED_WAIT_S, SETTLED_S, SOCKET_BUFFER_BYTES
 from millpond.nbd.sysfs import Backend, KernelDevice, Sysfs
 from millpond.nbd.worker import in_thread
 
@@ -264,7 +264,11 @@ class Keeper:
                     _log.warning(
                         "kernel device waits device=%s reason=%s", self.path, escaped(self.problem)
                     )
-                await backoff.wait()
+                self.settled.set()
+                if isinstance(error, VolumeRefused):
+                    await asyncio.sleep(REFUSED_WAIT_S)
+                else:
+                    await backoff.wait()
             finally:
                 self.settled.set()
 

@@ -24,6 +24,9 @@ VANISHED_AFTER_S = 120
 DEAD_TIMEOUT_S = 24 * 3600
 # A start waits so long for its devices to be served, then says that it is ready all the same.
 ADOPT_WAIT_S = 5.0
+# A volume that is not what its device was is looked at again so often: to look, it is opened, which
+# is a new epoch at its stores each time.
+REFUSED_WAIT_S = 60.0
 # A connection that lived for so long was no failed attempt.
 SETTLED_S = 5.0
 # A device that somebody kept open is looked at so often after its detach, until it is let go.

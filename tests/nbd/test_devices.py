@@ -475,7 +475,9 @@ def test_volume_that_a_guest_would_not_know_again_is_not_served(
         await stage.devices.start()
         (found,) = stage.devices.list()
         assert not found["served"] and says in found["problem"]
-        assert stage.exports.released >= 1 and not stage.kernel.sockets
+        await asyncio.sleep(0.5)
+        assert stage.exports.opened == stage.exports.released == 1, "an epoch at the store each"
+        assert not stage.kernel.sockets
 
     play(tmp_path, scenario)
 
