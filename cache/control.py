@@ -150,6 +150,12 @@ async def call(path: str, op: str, *, timeout_s: float = 10.0, **arguments: Any)
             finally:
                 writer.close()
         reply = msgspec.json.decode(line, type=dict[str, Any])
+    except TimeoutError:
+        # It lives, and goes on with what it was asked.
+        hint = "; see `millpond device list`" if op in ("attach", "detach") else ""
+        raise CacheAway(
+            f"the cache at {escaped(path)} has not finished after {timeout_s:g} s{hint}"
+        ) from None
     except (OSError, ValueError, msgspec.DecodeError) as error:
         reason = (
             os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "no answer"

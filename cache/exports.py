@@ -92,8 +92,8 @@ class DeviceExports(Exports, Protocol):
     async def open_id(self, volume_id: bytes) -> OpenExport:
         """As open, whatever the volume is called now."""
 
-    async def grow(self, volume_ids: Sequence[bytes]) -> dict[bytes, int]:
-        """Sizes in bytes, as the stores have them now, of those that are open here.
+    async def grow(self, volume_ids: Sequence[bytes]) -> dict[bytes, Export]:
+        """Those that are open here, as the stores have them now: their size, their name.
 
         The engine serves all of it before this returns.  Stores that are away say nothing.
         """

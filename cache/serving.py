@@ -10,6 +10,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 
 from millpond.cache import limits
 from millpond.cache.continuing import Continuing
@@ -95,9 +96,9 @@ class CacheExports:
         except CacheError as error:
             raise _export_error(error, label) from None
 
-    async def grow(self, volume_ids: Sequence[bytes]) -> dict[bytes, int]:
-        """Hear from the stores whether volumes in use became larger."""
-        sizes: dict[bytes, int] = {}
+    async def grow(self, volume_ids: Sequence[bytes]) -> dict[bytes, Export]:
+        """Hear from the stores whether volumes in use became larger, or have another name."""
+        exports: dict[bytes, Export] = {}
         for found in await self._stores.list_heard():
             if found.record.volume_id in volume_ids:
                 try:
@@ -105,8 +106,9 @@ class CacheExports:
                 except CacheError:
                     continue  # two stores have it: not a size to believe
                 if volume.state is State.OPEN:
-                    sizes[volume.id] = await volume.grow()
-        return sizes
+                    export = self._export(found.record)
+                    exports[volume.id] = replace(export, size_bytes=await volume.grow())
+        return exports
 
     def remember(
         self, volume_id: bytes, who: object, forsaken: Callable[[], Awaitable[None]]

@@ -1,6 +1,7 @@
 """/dev/millpond/VOLUME -> /dev/nbdN, and what udev's rule needs to know to make the same link.
 
-    /run/millpond/devices/nbdN   MILLPOND_BACKEND=, _NAME=, _VOLUME=, for 60-millpond.rules
+    /run/millpond/devices/nbdN   MILLPOND_BACKEND=, _NAME=, _VOLUME=, for 60-millpond.rules;
+                                 MILLPOND_BACKEND=, _DETACHED=1: but somebody still has it open
     /dev/millpond/NAME           the link; made here too, for machines without udev
 
 Rules: a name is data: what is not plain is escaped as udev does (\\xNN), and one that is too long
@@ -11,11 +12,12 @@ Failure modes: a directory that cannot be written: logged, the device works with
 
 import logging
 import os
+import re
 import threading
 from contextlib import suppress
 from pathlib import Path
 
-from millpond.cache.errors import escaped
+from millpond.cache.errors import CacheError, escaped
 from millpond.nbd.sysfs import Backend, Sysfs
 
 _log = logging.getLogger(__name__)
@@ -25,11 +27,13 @@ FILE_NAME_BYTES_MAX = 255
 
 
 def link_name(name: str, volume_id: bytes) -> str:
-    """A file name for a volume's name: one to one, never a path, never hidden."""
+    """A file name for a volume's name: one to one, never a path, hidden, or a partition's."""
     encoded = name.encode()
     out = "".join(chr(byte) if byte in PLAIN else f"\\x{byte:02x}" for byte in encoded)
     if out.startswith("."):
         out = f"\\x2e{out[1:]}"
+    # The rule calls a partition VOLUME-partN: guests make those, and must not take another's link.
+    out = re.sub(r"-(part\d+)$", r"\\x2d\1", out)
     return out if out and len(out) <= FILE_NAME_BYTES_MAX else volume_id.hex()
 
 
@@ -59,6 +63,9 @@ class DeviceLinks:
         link = link_name(name, backend.volume_id)
         try:
             self._notes.mkdir(parents=True, exist_ok=True)
+            before = _fields(self._notes / f"nbd{index}").get("MILLPOND_NAME", link)
+            if before != link:  # the volume has another name now
+                self._unlink(index, before)
             text = f'MILLPOND_BACKEND="{backend}"\nMILLPOND_NAME="{link}"\n'
             text += f'MILLPOND_VOLUME="{backend.volume_id.hex()}"\n'
             _replace(self._notes / f"nbd{index}", text)
@@ -71,6 +78,15 @@ class DeviceLinks:
                 escaped(os.strerror(error.errno or 0)),
             )
 
+    def conflict(self, name: str, backend: Backend) -> str:
+        """What the link of a volume leads to, if that is a living device of another; or ""."""
+        try:
+            held = os.readlink(self.path_of(name, backend.volume_id))
+        except OSError:
+            return ""
+        owner = self._owner(held)
+        return held.replace("../", "/dev/") if owner not in (None, backend) else ""
+
     def remove(self, index: int, backend: Backend) -> None:
         """The device is not this volume's any more."""
         with self._lock:
@@ -81,15 +97,49 @@ class DeviceLinks:
         note = self._notes / f"nbd{index}"
         kept = _fields(note)
         if kept.get("MILLPOND_BACKEND") == str(backend):
-            link = self._links / kept.get("MILLPOND_NAME", backend.volume_id.hex())
-            with suppress(OSError):
-                if os.readlink(link) == f"../nbd{index}":
-                    link.unlink()
+            self._unlink(index, kept.get("MILLPOND_NAME", backend.volume_id.hex()))
             note.unlink(missing_ok=True)
             with suppress(OSError):
-                self._links.rmdir()  # when it was the last
-            with suppress(OSError):
-                self._notes.rmdir()
+                self._notes.rmdir()  # when it was the last
+
+    def _unlink(self, index: int, name: str) -> None:
+        link = self._links / name
+        with suppress(OSError):
+            if os.readlink(link) == f"../nbd{index}":
+                link.unlink()
+        with suppress(OSError):
+            self._links.rmdir()  # when it was the last
+
+    def mark_detached(self, index: int, backend: Backend) -> None:
+        """It is not served any more, whatever the kernel says; its link goes.  CacheError.
+
+        Whoever has a device open when it is disconnected keeps it, and its backend, in the kernel,
+        where it looks like one that waits for us.
+        """
+        with self._lock:
+            note = self._notes / f"nbd{index}"
+            self._unlink(index, _fields(note).get("MILLPOND_NAME", backend.volume_id.hex()))
+            try:
+                self._notes.mkdir(parents=True, exist_ok=True)
+                _replace(note, f'MILLPOND_BACKEND="{backend}"\nMILLPOND_DETACHED="1"\n')
+            except OSError as error:
+                raise CacheError(
+                    f"cannot note in {note} that /dev/nbd{index} is detached:"
+                    f" {os.strerror(error.errno or 0)}"
+                ) from None
+        self._sysfs.announce(index)
+
+    def is_detached(self, index: int, backend: Backend) -> bool:
+        """It is there only because somebody still has it open."""
+        found = _fields(self._notes / f"nbd{index}")
+        return "MILLPOND_DETACHED" in found and found.get("MILLPOND_BACKEND") == str(backend)
+
+    def drop_detached(self, backend: Backend) -> None:
+        """The kernel has no device of this backend any more."""
+        with self._lock:
+            for index, found in self.stale(backend.cache_id):
+                if found == backend and self.is_detached(index, backend):
+                    self._remove(index, backend)
 
     def stale(self, cache_id: bytes) -> list[tuple[int, Backend]]:
         """Devices that this cache left a note of; some may be gone."""

@@ -13,16 +13,19 @@ Failure modes:
     the volume cannot be opened (its store is away)      -> again and again; the kernel queues I/O
     the kernel ignores a new socket, the old one lives   -> our end ends; again, a little later
     the device was disconnected behind our back          -> forgotten, with its link
+    detached by force while somebody has it open         -> it fails all I/O, is never taken up
 """
 
 import asyncio
 import logging
 import os
 import re
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 from millpond.cache.control import Handler, Request
 from millpond.cache.errors import (
@@ -34,15 +37,24 @@ from millpond.cache.errors import (
     VolumeUnknown,
     escaped,
 )
-from millpond.cache.exports import DeviceExports, ExportError, OpenExport
+from millpond.cache.exports import DeviceExports, Export, ExportError, OpenExport
 from millpond.cache.handover import Kept
 from millpond.cache.tasks import Tasks
 from millpond.nbd import keeper as keepers
 from millpond.nbd import netlink as kernel_netlink
 from millpond.nbd.devicelinks import DeviceLinks
 from millpond.nbd.keeper import Keeper, Kernel
-from millpond.nbd.limits import ADOPT_WAIT_S, DEAD_TIMEOUT_S, DETACH_WAIT_S, GROW_POLL_S
-from millpond.nbd.sysfs import Backend, Sysfs, exclusive, index_of
+from millpond.nbd.limits import (
+    ADOPT_WAIT_S,
+    DEAD_TIMEOUT_S,
+    DETACH_WAIT_S,
+    GROW_POLL_S,
+    HELD_POLL_S,
+    NAMES_WAIT_S,
+    UDEV_POLL_S,
+    UDEV_WAIT_S,
+)
+from millpond.nbd.sysfs import Backend, KernelDevice, Sysfs, exclusive, index_of, is_udev
 from millpond.nbd.worker import in_thread
 
 _log = logging.getLogger(__name__)
@@ -55,6 +67,8 @@ _KINDS: dict[str, type[CacheError]] = {
     "shutdown": StoreAway,
 }
 _ID = re.compile(r"[0-9a-f]{32}")
+
+Doing = Literal["attach", "detach", "force"]
 
 
 class KernelDevices:
@@ -75,8 +89,10 @@ class KernelDevices:
         self._kernel = Kernel(exports, tasks, sysfs, links, netlink, dead_timeout_s)
         self._cache_id = cache_id
         self._keepers: dict[int, Keeper] = {}
-        self._busy: set[str] = set()  # what is being attached or detached
+        self._busy: set[tuple[bytes, Doing]] = set()  # volumes
         self._grower: asyncio.Task[None] | None = None
+        self._asking = asyncio.Lock()
+        self._question: asyncio.Task[None] | None = None  # waits for its turn to be asked
 
     # -- the daemon's start and end
 
@@ -87,9 +103,8 @@ class KernelDevices:
         """
         kept = {each.tag: each for each in guests if Backend.parse(each.tag) is not None}
         others = [each for each in guests if kept.get(each.tag) is not each]
-        for device in self._kernel.sysfs.devices():
-            backend = Backend.parse(device.backend)
-            if backend is not None and backend.cache_id == self._cache_id:
+        for device, backend in self._ours():
+            if not self._kernel.links.is_detached(device.index, backend):
                 keeper = Keeper(self._kernel, device, backend, backend.volume_id.hex())
                 keeper.kept = kept.pop(device.backend, None)
                 self._add(keeper)
@@ -98,25 +113,40 @@ class KernelDevices:
         return others
 
     async def start(self) -> None:
-        """Serve the devices that an earlier process of this cache left; waits a moment for them.
+        """Serve the devices that take() found; waits a moment for them.
 
         Whoever hears that the daemon is ready finds them served, unless a store is away.
         """
-        if self._keepers:
+        ours = self._ours()
+        if ours:
             # Imports belong to the start: after it, a guest would wait for them.
             await in_thread(self._kernel.netlink.load, "load-netlink")
         for keeper in self._keepers.values():
             keeper.keep()
+        there = {(device.index, backend) for device, backend in ours}
         for index, backend in self._kernel.links.stale(self._cache_id):
-            kept = self._keepers.get(index)
-            if kept is None or kept.backend != backend:
+            if (index, backend) not in there:
                 self._kernel.links.remove(index, backend)
+        for device, backend in ours:
+            if device.index not in self._keepers:
+                await self._end_again(device.index, backend)
         if self._keepers:
-            _log.info("taking up kernel devices count=%d", len(self._keepers))
-            waits = [asyncio.ensure_future(each.settled.wait()) for each in self._keepers.values()]
-            _, late = await asyncio.wait(waits, timeout=ADOPT_WAIT_S)
-            for wait in late:
-                wait.cancel()
+            await self._wait_settled()
+
+    def _ours(self) -> "list[tuple[KernelDevice, Backend]]":
+        every = ((each, Backend.parse(each.backend)) for each in self._kernel.sysfs.devices())
+        return [
+            (device, backend)
+            for device, backend in every
+            if backend is not None and backend.cache_id == self._cache_id
+        ]
+
+    async def _wait_settled(self) -> None:
+        _log.info("taking up kernel devices count=%d", len(self._keepers))
+        waits = [asyncio.ensure_future(each.settled.wait()) for each in self._keepers.values()]
+        _, late = await asyncio.wait(waits, timeout=ADOPT_WAIT_S)
+        for wait in late:
+            wait.cancel()
 
     async def close(self) -> "list[Kept]":
         """Leave the devices to the next process: the kernel lets I/O wait meanwhile.
@@ -143,11 +173,13 @@ class KernelDevices:
         name: or the volume's id, which its link is called when the name is too long for a file's.
         """
         index = self._free_index(device) if device else None
+        await self.refresh()  # a device of another volume may have had the name
         opened = await self._open(name)
+        volume_id = opened.export.volume_id
         try:
-            # By id: whatever it is called, a volume never becomes two devices.
-            with self._claim(opened.export.volume_id.hex(), f"volume {escaped(name)}"):
-                self._check_new(opened.export.volume_id, name)
+            with self._claim("attach", volume_id, f"volume {escaped(name)}"):
+                await self._check_new(opened.export)
+                await self._forget_old(volume_id)
                 keeper = await keepers.connect(
                     self._kernel, opened, self._cache_id, index=index, read_only=read_only
                 )
@@ -184,14 +216,28 @@ class KernelDevices:
             raise VolumeBusy(f"/dev/nbd{index} is in use by another NBD client")
         return index
 
-    def _check_new(self, volume_id: bytes, name: str) -> None:
-        backend = Backend(self._cache_id, volume_id)
-        for device in self._kernel.sysfs.devices():
-            if device.backend == str(backend):
-                how = ", read-only" if device.read_only else ""
-                raise AlreadyThere(
-                    f"volume {escaped(name)} is attached already as /dev/nbd{device.index}{how}"
+    async def _check_new(self, export: Export) -> None:
+        kernel, name = self._kernel, export.name
+        backend = Backend(self._cache_id, export.volume_id)
+        for device in kernel.sysfs.devices():
+            if device.backend != str(backend):
+                continue
+            if kernel.links.is_detached(device.index, backend):
+                users = await in_thread(partial(kernel.sysfs.users, device.index), "find-users")
+                raise VolumeBusy(
+                    f"volume {escaped(name)} was detached, but /dev/nbd{device.index} is still"
+                    f" {users or 'in use'}"
                 )
+            how = ", read-only" if device.read_only else ""
+            raise AlreadyThere(
+                f"volume {escaped(name)} is attached already as /dev/nbd{device.index}{how}"
+            )
+        conflict = await in_thread(partial(kernel.links.conflict, name, backend), "look-at-link")
+        if conflict:
+            link = kernel.links.path_of(name, export.volume_id)
+            raise VolumeBusy(f"{escaped(link)} leads to {conflict}, which has another volume")
+        # A mark of an earlier device of this volume would be taken for one of the new device.
+        await in_thread(lambda: kernel.links.drop_detached(backend), "drop-marks")
 
     def _add(self, keeper: Keeper) -> None:
         keeper.gone = self._gone
@@ -209,35 +255,88 @@ class KernelDevices:
 
         force: also one that is in use or waits; what is not written is lost.
         """
+        await self.refresh()
         keeper = self._find(target)
-        with self._claim(keeper.path, keeper.path):
-            if not force and not keeper.served:
-                raise VolumeBusy(
-                    f"{keeper.path} waits for its volume: {keeper.problem or 'not served yet'};"
-                    " --force fails what waits"
-                )
-            described = self._describe(keeper)
-            await keeper.pause()
-            try:
-                await in_thread(lambda: self._disconnect(keeper, force), f"detach-{keeper.path}")
-            except BaseException:
-                keeper.keep()
-                raise
-            await keeper.ended(DETACH_WAIT_S)
-            await self._forget(keeper)
+        described = self._describe(keeper)
+        if force:
+            with self._claim("force", keeper.backend.volume_id, keeper.path):
+                await self._detach_by_force(keeper)
+        else:
+            with self._claim("detach", keeper.backend.volume_id, keeper.path):
+                await self._detach(keeper)
         _log.info("detached volume=%s device=%s", escaped(keeper.name), keeper.path)
         return described
 
-    def _disconnect(self, keeper: Keeper, force: bool) -> None:
-        """Worker thread."""
-        if force:
-            self._kernel.netlink.disconnect(keeper.index)
-            return
-        users = self._kernel.sysfs.users(keeper.index)
-        if users:
-            raise VolumeBusy(f"{keeper.path} is {users}")
-        with exclusive(self._kernel.sysfs, keeper.index):
-            self._kernel.netlink.disconnect(keeper.index)
+    async def _detach(self, keeper: Keeper) -> None:
+        loop = asyncio.get_running_loop()
+
+        def pause() -> None:
+            asyncio.run_coroutine_threadsafe(keeper.pause(), loop).result()
+
+        def disconnect() -> None:
+            users = self._users(keeper.index)
+            if users:
+                raise VolumeBusy(f"{keeper.path} is {users}")
+            if not keeper.served:
+                self._check_unused(keeper)
+                pause()
+                keeper.disconnect()
+                return
+            with exclusive(self._kernel.sysfs, keeper.index):
+                # Not before: what is written back here waits for the keeper, if the connection
+                # ends meanwhile.
+                pause()
+                keeper.disconnect()
+
+        try:
+            await in_thread(disconnect, f"detach-{keeper.path}")
+        except CacheError:
+            keeper.resume()
+            raise
+        await keeper.ended(DETACH_WAIT_S)
+        await self._forget(keeper)
+
+    def _check_unused(self, keeper: Keeper) -> None:
+        """No connection, no user: nothing is lost, if nothing waits to be written either.
+
+        Whoever closes it, or unmounts it, is no user any more while that waits.
+        """
+        if not self._kernel.sysfs.is_idle(keeper.index):
+            raise VolumeBusy(
+                f"{keeper.path} waits for its volume: {keeper.problem or 'not served yet'}; if"
+                " that does not pass, restart the cache, or --force, which fails what waits"
+            )
+
+    def _users(self, index: int) -> str:
+        """As Sysfs.users, without udev's look behind the last close.  Worker thread."""
+        for _ in range(round(UDEV_WAIT_S / UDEV_POLL_S)):
+            users = self._kernel.sysfs.users(index)
+            if not is_udev(users):
+                return users
+            time.sleep(UDEV_POLL_S)
+        return users
+
+    async def _detach_by_force(self, keeper: Keeper) -> None:
+        """Also one that a plain detach is stuck in: what that waits for fails."""
+        kernel = self._kernel
+        await keeper.pause()
+        # Before DISCONNECT: else a crash between the two would bring a device back to life whose
+        # user has had errors.  The other way round the next start disconnects it.
+        try:
+            await in_thread(
+                lambda: kernel.links.mark_detached(keeper.index, keeper.backend), "mark"
+            )
+        except CacheError:
+            keeper.resume()
+            raise
+        keeper.over = True
+        try:
+            await in_thread(keeper.disconnect_by_force, f"force-{keeper.path}")
+        except CacheError as error:
+            keeper.problem = f"half detached, detach --force again: {error}"
+            raise
+        await keeper.ended(DETACH_WAIT_S)
+        await self._forget(keeper)
 
     def _find(self, target: str) -> Keeper:
         for keeper in self._keepers.values():
@@ -254,7 +353,6 @@ class KernelDevices:
 
     async def _forsaken(self, keeper: Keeper) -> None:
         """Others have written to the volume: what is mounted here would write over it."""
-        keeper.end()
         _log.error(
             "kernel device ended device=%s volume=%s reason=%s",
             keeper.path,
@@ -262,49 +360,95 @@ class KernelDevices:
             '"another host has written to the volume since; what is not written here is lost"',
         )
         try:
-            await in_thread(lambda: self._disconnect(keeper, force=True), f"end-{keeper.path}")
+            await self._detach_by_force(keeper)
         except CacheError as error:  # whatever is wrong with it, we do not serve it
             _log.error("%s stays, without us reason=%s", keeper.path, escaped(str(error)))
-        await self._forget(keeper)
+            keeper.over = True
+            await keeper.pause()
+            await self._forget(keeper)
 
     async def _forget(self, keeper: Keeper) -> None:
         self._kernel.exports.forget(keeper.backend.volume_id, keeper)
-        if self._keepers.get(keeper.index) is keeper:
+        try:
+            if not await in_thread(keeper.unlink, f"unlink-nbd{keeper.index}"):
+                self._spawn_let_go(keeper.index, keeper.backend)
+        except CacheError as error:
+            _log.warning("a restart may take it up again reason=%s", escaped(str(error)))
+        if self._keepers.get(keeper.index) is keeper:  # another volume's may be there
             del self._keepers[keeper.index]
             keeper.drop_kept()
-        await in_thread(
-            lambda: self._kernel.links.remove(keeper.index, keeper.backend), f"unlink-{keeper.path}"
-        )
 
-    # -- growing
+    async def _forget_old(self, volume_id: bytes) -> None:
+        """The kernel has no device of a volume; a keeper that has not seen it yet would take the
+        next one for its own."""
+        for keeper in list(self._keepers.values()):
+            if keeper.backend.volume_id == volume_id:
+                await keeper.pause()
+                await self._forget(keeper)
+
+    async def _end_again(self, index: int, backend: Backend) -> None:
+        """The process before may have died between the mark and its DISCONNECT.
+
+        Waited for: later, the number may be another device's.
+        """
+        try:
+            await in_thread(partial(self._kernel.netlink.disconnect, index), f"end-nbd{index}")
+        except CacheError as error:
+            _log.warning("not disconnected device=nbd%d reason=%s", index, escaped(str(error)))
+        self._spawn_let_go(index, backend)
+
+    def _spawn_let_go(self, index: int, backend: Backend) -> None:
+        self._kernel.tasks.spawn(self._let_go(index, backend), f"let-go-nbd{index}")
+
+    async def _let_go(self, index: int, backend: Backend) -> None:
+        """Take the mark away when nobody has the device any more."""
+        kernel = self._kernel
+        while kernel.links.is_detached(index, backend):
+            if not kernel.sysfs.has(index, backend):
+                await in_thread(lambda: kernel.links.drop_detached(backend), "drop-marks")
+                return
+            await asyncio.sleep(HELD_POLL_S)
+
+    # -- what becomes of the volumes
 
     async def _grow_for_ever(self) -> None:
-        """Nobody tells a cache that a volume became larger: ask the stores."""
+        """Nobody tells a cache that a volume became larger, or was renamed: ask the stores."""
         while True:
             await asyncio.sleep(GROW_POLL_S)
-            served = {each.backend.volume_id: each for each in self._keepers.values()}
-            if not served:
-                continue
+            await self.refresh()
+
+    async def refresh(self) -> None:
+        """Hear of names and sizes as they are now, unless that takes long."""
+        if not self._keepers:
+            return
+        if self._question is None:
+            self._question = self._kernel.tasks.spawn(self._ask_stores(), "ask-for-names")
+        await asyncio.wait([self._question], timeout=NAMES_WAIT_S)
+
+    async def _ask_stores(self) -> None:
+        async with self._asking:
+            self._question = None  # who comes from here on may know of something newer
+            keepers = {each.backend.volume_id: each for each in self._keepers.values()}
             try:
-                sizes = await self._kernel.exports.grow(list(served))
-                for volume_id, size_bytes in sizes.items():
-                    if size_bytes > served[volume_id].size_bytes:
-                        await served[volume_id].grow(size_bytes)
+                exports = await self._kernel.exports.grow(list(keepers))
+                for volume_id, export in exports.items():
+                    await keepers[volume_id].learn(export)
             except (CacheError, ExportError) as error:
                 _log.warning("a kernel device did not grow reason=%s", escaped(str(error)))
 
     # -- helpers
 
     @contextmanager
-    def _claim(self, key: str, what: str) -> Iterator[None]:
-        """One attach or detach of a thing at a time."""
-        if key in self._busy:
-            raise UnderWay(f"{what} is being attached or detached at the moment")
-        self._busy.add(key)
+    def _claim(self, doing: Doing, volume_id: bytes, label: str) -> Iterator[None]:
+        """One attach or detach of a volume at a time; force may come to the help of a detach."""
+        beside = "detach" if doing == "force" else None
+        if any(each == volume_id and work != beside for each, work in self._busy):
+            raise UnderWay(f"{label} is being attached or detached at the moment")
+        self._busy.add((volume_id, doing))
         try:
             yield
         finally:
-            self._busy.discard(key)
+            self._busy.discard((volume_id, doing))
 
     def _describe(self, keeper: Keeper) -> dict[str, Any]:
         return {
@@ -331,6 +475,7 @@ def handlers_of(devices: KernelDevices) -> dict[str, Handler]:
         return await devices.detach(request.volume, force=request.force)
 
     async def list_devices(request: Request) -> dict[str, Any]:
+        await devices.refresh()
         return {"devices": devices.list()}
 
     return {"attach": attach, "detach": detach, "devices": list_devices}

@@ -1,6 +1,6 @@
 """One kernel device of ours: a connection to the engine, and a new one whenever that ends.
 
-Happy path: `connect` (attach) or `adopt` (it is there already) -> served -> `end`.
+Happy path: `connect` (attach), or `keep` (it is there already) -> served -> `disconnect`.
 Failure modes: those of devices.py.  A device that cannot be served says why in `problem`.
 """
 
@@ -9,6 +9,7 @@ import dataclasses
 import logging
 import os
 import socket
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final
@@ -26,7 +27,7 @@ from millpond.cache.handover import Kept
 from millpond.cache.tasks import Backoff, Tasks
 from millpond.nbd.devicelinks import DeviceLinks
 from millpond.nbd.handshake import transmission_flags
-from millpond.nbd.limits import SETTLED_S, SOCKET_BUFFER_BYTES
+from millpond.nbd.limits import REFUSED_WAIT_S, SETTLED_S, SOCKET_BUFFER_BYTES
 from millpond.nbd.sysfs import Backend, KernelDevice, Sysfs
 from millpond.nbd.worker import in_thread
 
@@ -52,26 +53,53 @@ class _Gone(Exception):
     """The kernel has no such device any more."""
 
 
+class End:
+    """Of a connection that the engine has: when it comes, and how to bring it about."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._came: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        # Not sock.dup(), which makes both block: the engine has the other one.
+        self._sock = socket.socket(fileno=os.dup(sock.fileno()))
+
+    def done(self) -> bool:
+        """The engine has nothing to do with it any more."""
+        return self._came.done()
+
+    async def wait(self, timeout_s: float | None = None) -> None:
+        """Until it comes, or for so long."""
+        await asyncio.wait([self._came], timeout=timeout_s)
+
+    def come(self) -> None:
+        """The engine says so.  Before, the kernel would not see the end of the connection."""
+        self._sock.close()
+        if not self._came.done():
+            self._came.set_result(None)
+
+    def cut(self) -> None:
+        """The kernel's next send fails, and the one that waits for the engine to read."""
+        with suppress(OSError):  # it came
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+
 def give_to_engine(
     opened: OpenExport, sock: socket.socket, agreed: Agreed, *, received: bytes = b"", tag: str
-) -> "asyncio.Future[None]":
-    """The engine serves it from here; the future is the end of it."""
-    closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def on_closed() -> None:
-        if not closed.done():
-            closed.set_result(None)
-
-    opened.handover(sock, received, agreed, Owner(on_closed, tag))
-    return closed
+) -> End:
+    """The engine serves it from here, until the end."""
+    end = End(sock)
+    try:
+        opened.handover(sock, received, agreed, Owner(end.come, tag))
+    except BaseException:
+        end.come()
+        raise
+    return end
 
 
 def connected_pair(
     opened: OpenExport, backend: Backend, *, read_only: bool
-) -> "tuple[asyncio.Future[None], socket.socket]":
+) -> tuple[End, socket.socket]:
     """A new connection: the engine serves one end, the other is for the kernel.
 
-    The future is the end of it.  When it raises, the export is still held.
+    When it raises, the export is still held.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     for each in (ours, theirs):
@@ -95,9 +123,15 @@ class Keeper:
         self.settled = asyncio.Event()  # the first attempt to serve it has ended, well or not
         self.gone: Callable[[Keeper], None] = lambda keeper: None
         self.kept: Kept | None = None  # its connection, of the process before
+        self.over = False  # disconnected, or about to be by force: nobody serves it any more
+        self.linked = ""  # the name that its link was made of
+        self._unlinked: bool | None = None  # what unlink() said
         self._kernel = kernel
-        self._ended = False
-        self._closed: asyncio.Future[None] | None = None
+        self._closed: End | None = None
+        self._offered: End | None = None  # given to the engine; the kernel may not have it yet
+        # What the kernel is told of it, one at a time: a thread that nobody waits for any more must
+        # not give a connection to a device that is over.
+        self._turn = threading.Lock()
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -110,8 +144,9 @@ class Keeper:
         """The engine has its connection."""
         return self._closed is not None and not self._closed.done()
 
-    def keep(self, closed: "asyncio.Future[None] | None" = None) -> None:
+    def keep(self, closed: End | None = None) -> None:
         """Serve it from here; closed: the end of the connection that it has already."""
+        assert self._task is None and not self.over
         self._closed = closed or self._closed
         name = f"keep-nbd{self.index}"
         self._task = self._kernel.tasks.spawn(self._keep(), name)
@@ -123,25 +158,84 @@ class Keeper:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
-    def end(self) -> None:
-        """It is not served again."""
-        self._ended = True
+    def resume(self) -> None:
+        """Undo a pause, if there was one."""
+        if self._task is None and not self.over:
+            self.keep()
 
     async def ended(self, timeout_s: float) -> None:
         """Until the engine is done with the connection."""
         if self._closed is not None:
-            await asyncio.wait([self._closed], timeout=timeout_s)
+            await self._closed.wait(timeout_s)
+
+    def disconnect(self) -> None:
+        """The device is no device any more; paused before.  Worker thread."""
+        with self._turn:
+            self._kernel.netlink.disconnect(self.index)
+
+    def disconnect_by_force(self) -> None:
+        """As disconnect, when the guest or a thread of ours is stuck in it.  Worker thread.
+
+        A send of the kernel's that waits for the engine has a lock that DISCONNECT needs, and no
+        time limit: cut it off first.
+        """
+        assert self.over
+        for end in (self._closed, self._offered):
+            if end is not None:
+                end.cut()
+        self.disconnect()
 
     async def grow(self, size_bytes: int) -> None:
-        """The engine serves more: tell the kernel."""
-        await in_thread(
-            lambda: self._kernel.netlink.reconfigure(
-                self.index, backend=str(self.backend), size_bytes=size_bytes
-            ),
-            f"grow-nbd{self.index}",
-        )
+        """The engine serves more: tell the kernel.
+
+        Only while it is served: from Linux 6.9 on the kernel waits for what is in flight, with a
+        lock held that RECONFIGURE needs.
+        """
+        assert self.served, "it would wait for a socket that waits for it"
+
+        def tell() -> None:
+            with self._turn:
+                if not self.over:
+                    self._kernel.netlink.reconfigure(
+                        self.index, backend=str(self.backend), size_bytes=size_bytes
+                    )
+
+        await in_thread(tell, f"grow-nbd{self.index}")
         self.size_bytes = size_bytes
         _log.info("kernel device grown device=%s size=%d", self.path, size_bytes)
+
+    async def learn(self, export: Export) -> None:
+        """What the stores say of its volume now."""
+        self.name = export.name
+        if self.linked != self.name:
+            await in_thread(self.link, f"link-nbd{self.index}")
+        if self.served and export.size_bytes > self.size_bytes:
+            await self.grow(export.size_bytes)
+
+    def link(self) -> None:
+        """Make its link.  Worker thread."""
+        with self._turn:
+            if not self.over:
+                name = self.name
+                self._kernel.links.make(self.index, name, self.backend)
+                self.linked = name
+
+    def unlink(self) -> bool:
+        """It is over, and its link goes; False: somebody still has the device open, and it is
+        marked.  Worker thread.
+
+        Once: a second one, late, would take the link of a new device of this volume.
+        """
+        with self._turn:
+            self.over = True
+            if self._unlinked is None:
+                held = self._kernel.sysfs.has(self.index, self.backend)
+                if held:
+                    self._kernel.links.mark_detached(self.index, self.backend)
+                else:
+                    self._kernel.links.remove(self.index, self.backend)
+                self._unlinked = not held
+            return self._unlinked
 
     # -- the task
 
@@ -151,7 +245,7 @@ class Keeper:
         while True:
             if self._closed is not None:
                 began_s = loop.time()
-                await asyncio.wait([self._closed])
+                await self._closed.wait()
                 self._closed = None
                 if loop.time() - began_s > SETTLED_S:
                     backoff.reset()
@@ -170,7 +264,11 @@ class Keeper:
                     _log.warning(
                         "kernel device waits device=%s reason=%s", self.path, escaped(self.problem)
                     )
-                await backoff.wait()
+                self.settled.set()
+                if isinstance(error, VolumeRefused):
+                    await asyncio.sleep(REFUSED_WAIT_S)
+                else:
+                    await backoff.wait()
             finally:
                 self.settled.set()
 
@@ -181,7 +279,7 @@ class Keeper:
         if device is None or device.backend != str(self.backend):
             raise _Gone
         opened = await kernel.exports.open_id(self.backend.volume_id)
-        if self._ended:
+        if self.over:
             await opened.release()
             raise _Gone
         export = opened.export
@@ -194,21 +292,24 @@ class Keeper:
         except BaseException:
             await opened.release()
             raise
-        larger = export.size_bytes if export.size_bytes > device.size_bytes else None
+        self._offered = closed
 
         def give() -> None:
-            with theirs:
+            with theirs, self._turn:
+                if self.over:
+                    return
+                # Never a size with it: the kernel sets that first, and first waits for all I/O in
+                # flight, which waits for this socket.  Growth comes once it is served.
                 kernel.netlink.reconfigure(
                     self.index,
                     backend=str(self.backend),
                     sock=theirs,
-                    size_bytes=larger,
                     dead_timeout_s=kernel.dead_timeout_s,
                 )
 
         await in_thread(give, f"adopt-nbd{self.index}")
         self._closed = closed
-        self.size_bytes = larger or device.size_bytes
+        self.size_bytes = device.size_bytes
         self.name = export.name
         _log.info("kernel device served again device=%s volume=%s", self.path, escaped(export.name))
         # Not awaited: while something is in flight the kernel may let a setting wait.
@@ -233,10 +334,7 @@ class Keeper:
 
     async def _settings(self) -> None:
         """What a crash between two steps of an attach left undone."""
-        await in_thread(
-            lambda: finish(self._kernel, self.index, self.name, self.backend),
-            f"settings-nbd{self.index}",
-        )
+        await in_thread(lambda: finish(self._kernel, self), f"settings-nbd{self.index}")
 
     def _check(self, export: Export, device: KernelDevice) -> None:
         """Never serve a guest something else than it has seen."""
@@ -251,23 +349,36 @@ class Keeper:
             )
 
 
-def finish(kernel: Kernel, index: int, name: str, backend: Backend) -> None:
+def finish(kernel: Kernel, keeper: Keeper) -> None:
     """The steps of an attach behind CONNECT, each harmless when done before.  Worker thread."""
-    kernel.sysfs.apply_queue_settings(index)
-    kernel.links.make(index, name, backend)
+    kernel.sysfs.apply_queue_settings(keeper.index)
+    keeper.link()
+
+
+async def _check_backend(kernel: Kernel, index: int, backend: Backend) -> None:
+    """Without it the device would be nobody's after this process."""
+    device = kernel.sysfs.device(index)
+    if device is None or device.backend not in ("", str(backend)):
+        raise CacheError(f"/dev/nbd{index} was disconnected by others at once")
+    if not device.backend:
+        await in_thread(lambda: kernel.netlink.disconnect(index), f"undo-nbd{index}")
+        raise CacheError("kernel devices need Linux 5.14: this one forgets whose they are")
 
 
 async def connect(
     kernel: Kernel, opened: OpenExport, cache_id: bytes, *, index: int | None, read_only: bool
 ) -> Keeper:
-    """Make a kernel device of an open export; it is served from before it exists."""
+    """Make a kernel device of an open export; it is served from before it exists.
+
+    When it raises, the export may still be held.
+    """
     export = dataclasses.replace(opened.export, read_only=read_only or opened.export.read_only)
     backend = Backend(cache_id, export.volume_id)
     try:
         closed, theirs = connected_pair(opened, backend, read_only=export.read_only)
-    except BaseException:
-        await opened.release()
-        raise
+    except OSError as error:  # out of descriptors, say
+        reason = os.strerror(error.errno or 0)
+        raise CacheError(f"no connection for volume {escaped(export.name)}: {reason}") from None
 
     def give() -> int:
         with theirs:
@@ -283,10 +394,19 @@ async def connect(
                 )
             )
 
-    made = await in_thread(give, "attach")
+    try:
+        made = await in_thread(give, "attach")
+    except CacheError as error:
+        # Not there before, and nobody else makes it: it is of this CONNECT, whose answer was lost.
+        found = [each.index for each in kernel.sysfs.devices() if each.backend == str(backend)]
+        if not found:
+            raise
+        _log.warning("device made all the same index=%d reason=%s", found[0], escaped(str(error)))
+        made = found[0]
+    await _check_backend(kernel, made, backend)
     device = KernelDevice(made, str(backend), export.size_bytes, export.read_only)
     keeper = Keeper(kernel, device, backend, export.name)
     keeper.keep(closed)
     with suppress(OSError):
-        await in_thread(lambda: finish(kernel, made, export.name, backend), f"finish-nbd{made}")
+        await in_thread(lambda: finish(kernel, keeper), f"finish-nbd{made}")
     return keeper

@@ -24,12 +24,23 @@ VANISHED_AFTER_S = 120
 DEAD_TIMEOUT_S = 24 * 3600
 # A start waits so long for its devices to be served, then says that it is ready all the same.
 ADOPT_WAIT_S = 5.0
+# A volume that is not what its device was is looked at again so often: to look, it is opened, which
+# is a new epoch at its stores each time.
+REFUSED_WAIT_S = 60.0
 # A connection that lived for so long was no failed attempt.
 SETTLED_S = 5.0
+# A device that somebody kept open is looked at so often after its detach, until it is let go.
+HELD_POLL_S = 1.0
 # After DISCONNECT the engine answers what it has; then its end closes.
 DETACH_WAIT_S = 10.0
 # How late a device grows with its volume: one call to each store for all of them.
 GROW_POLL_S = 5.0
+# Whoever closes a device makes udev look at it: a detach waits so long for that to pass.
+UDEV_WAIT_S = 2.0
+UDEV_POLL_S = 0.1
+# Before a volume is looked for by its name, the stores are asked for renames.  One that is silent
+# for so long is away, and what is known stands.
+NAMES_WAIT_S = 2.0
 # Of each direction of a device's socket: one large request fits; more than the usual 208 KiB only
 # where net.core.wmem_max permits it.
 SOCKET_BUFFER_BYTES = 4 << 20

@@ -9,13 +9,15 @@ Attributes and their meaning: linux/include/uapi/linux/nbd-netlink.h, drivers/bl
 
 Happy path: connect(...) -> index; reconfigure(index, ...); disconnect(index).
 Failure modes: the family is missing, no CAP_SYS_ADMIN, the device is taken, anything else that the
-kernel says: each a CacheError of one line.
+kernel or pyroute2 says: each a CacheError of one line.  When an answer is lost, what was asked for
+may have happened.
 """
 
 import errno
 import functools
 import os
 import socket
+import threading
 from typing import Any, Final
 
 from millpond.cache.errors import CacheError, NotPermitted, VolumeBusy
@@ -25,7 +27,13 @@ _CONNECT: Final = 1
 _DISCONNECT: Final = 2
 _RECONFIGURE: Final = 3
 
+# pyroute2 has 180 addresses for the sockets of one process, and the kernel answers one message of
+# this family at a time anyway.
+AT_A_TIME: Final = 8
+
 Attributes = list[tuple[str, Any]]
+
+_turns = threading.BoundedSemaphore(AT_A_TIME)
 
 
 def connect(
@@ -70,10 +78,11 @@ def reconfigure(
     size_bytes: int | None = None,
     dead_timeout_s: int | None = None,
 ) -> None:
-    """Give a device a new socket in the dead one's place, or another size.
+    """Give a device a new socket in the dead one's place, or another size; never both.
 
     A socket is ignored without a word while the old one lives: its other end is closed then.
     """
+    assert sock is None or size_bytes is None, "the size waits for what the socket would serve"
     attributes: Attributes = [
         ("NBD_ATTR_INDEX", index),
         ("NBD_ATTR_BACKEND_IDENTIFIER", backend),
@@ -110,7 +119,7 @@ def _request(command: int, attributes: Attributes, label: str) -> list[Any]:
 
     kind = _messages()
     try:
-        with GenericNetlinkSocket() as netlink:
+        with _turns, GenericNetlinkSocket() as netlink:
             try:
                 netlink.bind(FAMILY, kind)
             except NetlinkError as error:
@@ -125,6 +134,11 @@ def _request(command: int, attributes: Attributes, label: str) -> list[Any]:
         raise refusal(error.code, label) from None
     except OSError as error:
         raise refusal(error.errno or errno.EIO, label) from None
+    except CacheError:
+        raise
+    except Exception as error:  # pyroute2 has no list of what it raises: KeyError, for one
+        reason = f"{type(error).__name__}: {error}"
+        raise CacheError(f"no answer of the kernel about {label}: {reason}") from error
 
 
 def refusal(code: int, label: str, *, binding: bool = False) -> CacheError:

@@ -90,9 +90,14 @@ class Sysfs:
             read_only=self._read(index, "ro") == "1",
         )
 
-    def exists(self, index: int) -> bool:
-        """Whether the kernel has such a device, connected or not."""
-        return (self._block / f"nbd{index}").exists()
+    def has(self, index: int, backend: Backend) -> bool:
+        """The device is there; which may be over, with somebody who has not closed it."""
+        device = self.device(index)
+        return device is not None and device.backend == str(backend)
+
+    def is_idle(self, index: int) -> bool:
+        """Nothing is in flight and nothing waits for a connection."""
+        return self._read(index, "inflight").split() == ["0", "0"]
 
     def apply_queue_settings(self, index: int) -> None:
         """What is not as we want it.  Changing the scheduler waits for what is in flight."""
@@ -116,20 +121,18 @@ class Sysfs:
         for line in self._lines("proc/swaps"):
             if re.match(rf"/dev/nbd{index}(p\d+)?\s", line):
                 return "in use as swap"
-        for holders in (self._block / f"nbd{index}").glob("**/holders"):
-            for holder in holders.iterdir():
-                return f"used by {holder.name}"
+        with suppress(OSError):  # a partition that goes away meanwhile
+            for holders in (self._block / f"nbd{index}").glob("**/holders"):
+                for holder in holders.iterdir():
+                    return f"used by {holder.name}"
         return self._openers(index, numbers)
 
     def _openers(self, index: int, numbers: set[str]) -> str:
         wanted = {os.makedev(*map(int, number.split(":"))) for number in numbers}
         for process in self.path("proc").glob("[0-9]*"):
             with suppress(OSError):
-                for entry in os.scandir(process / "fd"):
-                    # By its name first: to ask what is behind it may block on another device.
-                    if not re.match(rf".*/nbd{index}(p\d+)?$", os.readlink(entry.path)):
-                        continue
-                    if os.stat(entry.path).st_rdev in wanted:
+                for descriptor in os.listdir(process / "fd"):
+                    if _is_open(process / "fd" / descriptor, index, wanted):
                         name = (process / "comm").read_text().strip()
                         return f"open in {name} (process {process.name})"
         return ""
@@ -138,7 +141,11 @@ class Sysfs:
         """major:minor of the device and its partitions."""
         here = self._block / f"nbd{index}"
         files = [here / "dev", *here.glob("nbd*/dev")]
-        return {path.read_text().strip() for path in files if path.exists()}
+        numbers = set()
+        for path in files:
+            with suppress(OSError):
+                numbers.add(path.read_text().strip())
+        return numbers
 
     def _lines(self, name: str) -> list[str]:
         try:
@@ -159,10 +166,25 @@ class Sysfs:
                 (self._block / f"nbd{index}" / "queue" / name).write_text(value)
 
 
+def _is_open(descriptor: Path, index: int, wanted: set[int]) -> bool:
+    """One that is closed meanwhile is not; the others of its process are still looked at."""
+    try:
+        # By its name first: to ask what is behind it may block on another device.
+        named = re.match(rf".*/nbd{index}(p\d+)?$", os.readlink(descriptor))
+        return named is not None and descriptor.stat().st_rdev in wanted
+    except OSError:
+        return False
+
+
 def index_of(text: str) -> int | None:
     """N of /dev/nbdN, nbdN or N; None: it names no NBD device."""
     found = re.fullmatch(r"(?:(?:/dev/)?nbd)?(\d{1,6})", text)
     return int(found[1]) if found else None
+
+
+def is_udev(users: str) -> bool:
+    """Of users(): it is only udev, which opens what others have closed, for a moment."""
+    return re.match(r"open in \(?(udev-worker|systemd-udevd)\b", users) is not None
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from kernel.inside.pond import (
     Daemon,
     clean,
     devices,
+    entries,
     held_by,
     millpond,
     prepare,
@@ -59,10 +60,15 @@ refused(4, "attached already as /dev/nbd1", "attach", "disk", "--exist-ok", "--r
 assert millpond("attach", "disk", "--exist-ok") == "/dev/nbd1\n"
 poor = Daemon(f"{POND}/poor", poor=True)
 poor.start()
+line = millpond("attach", "disk", "--dir", f"{POND}/poor", code=5)
+assert "/dev/millpond/disk leads to /dev/nbd1, which has another volume" in line, line
+millpond("volume", "rename", "disk", "mine")
+assert devices()[0]["volume"] == "mine" and entries("/dev/millpond") == ["mine"]
 line = millpond("attach", "disk", "--dir", f"{POND}/poor", code=13)
 assert "CAP_SYS_ADMIN" in line, line
 assert devices()[0]["served"] and not Path("/sys/block/nbd2/pid").exists()
 poor.stop()
+millpond("volume", "rename", "mine", "disk")
 say(f"13: {line}")
 
 # In use.
@@ -73,6 +79,26 @@ sh("umount", "/run/disk")
 opened = os.open("/dev/nbd1", os.O_RDONLY)
 refused(5, "/dev/nbd1 is open in ", "detach", "/dev/nbd1")
 os.close(opened)
+
+# By force: who has it keeps a dead device, for restarts of the daemon too, until it is let go.
+printk = Path("/proc/sys/kernel/printk")
+sh("mount", "/dev/nbd1", "/run/disk")
+printk.write_text("1")  # a file system without its disk complains, and should
+millpond("detach", "disk", "--force")
+assert not devices() and not os.path.lexists("/dev/millpond/disk")
+refused(5, "detached, but /dev/nbd1 is still mounted at /run/disk", "attach", "disk")
+daemon.kill()
+daemon.start()
+assert not devices(), devices()
+try:
+    os.listdir("/run/disk/lost+found")
+    raise AssertionError("the device came back to life")
+except OSError as error:
+    say(f"a device that was detached by force: {error}")
+sh("umount", "/run/disk")
+printk.write_text("5")
+clean("nbd1")
+assert millpond("attach", "disk", "--device", "nbd1") == "/dev/nbd1\n"
 
 # It grows with its volume.
 millpond("volume", "resize", "disk", "1280MiB")

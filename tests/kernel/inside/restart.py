@@ -76,18 +76,39 @@ load = start(
     *("--verify_fatal=1", "--do_verify=1", "--verify_backlog=256", "--fsync=16", "--randseed=7"),
     *("--time_based", "--runtime=3600", "--rate=4m"),
 )
+
+
+def grow(size_mib: int) -> None:
+    """The volume under fio; the device follows."""
+    millpond("volume", "resize", "disk", f"{size_mib}MiB")
+
+
+def has_grown(size_mib: int) -> bool:
+    """The kernel has heard of it."""
+    return Path("/sys/block/nbd0/size").read_text().strip() == str(size_mib * MIB // 512)
+
+
+# The daemon has just looked for growth: it will not see the next one before it is killed.
+grow(1040)
+until(lambda: has_grown(1040), "grown under load")
+grow(1056)
 pauses: list[tuple[float, float]] = []
 for turn in range(KILLS):
-    time.sleep(0.5)
-    Path(f"/run/other/{turn}").write_bytes(bytes([turn]) * MIB)
+    if turn:
+        time.sleep(0.5)
+        Path(f"/run/other/{turn}").write_bytes(bytes([turn]) * MIB)
     killed_s = time.perf_counter()
     daemon.kill()
+    assert turn or not has_grown(1056), "this kill came too late"
     daemon.start(real=REAL)
     served = len(prober.reads)
     until(lambda: len(prober.reads) > served + 3, "reads after the restart")  # noqa: B023
     ended_s = time.perf_counter()
     pauses.append((prober.longest_s(killed_s, ended_s), daemon.start_s))
     assert load.poll() is None, f"fio ended: {load.communicate()}"
+    if not turn:
+        until(lambda: has_grown(1056), "grown while nobody served it")
+        Path("/run/other/0").write_bytes(bytes(MIB))
     say(f"kill {turn + 1}: pause {pauses[-1][0]:.2f} s, start {daemon.start_s:.2f} s")
 assert all(each["served"] for each in devices()), devices()
 prober.stop()
