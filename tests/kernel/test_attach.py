@@ -43,14 +43,6 @@ def test_mistakes_are_one_line_and_leave_nothing(guests: Guests, record_property
     show(guests.run("mistakes.py", without="nbd"), record_property)
 
 
-def test_page_cache_of_a_small_machine_goes_to_a_device_of_its_own(
-    guests: Guests, record_property: Record
-) -> None:
-    """320 MiB of memory, 512 MiB written: no deadlock."""
-    show(guests.run("pressure.py", "512", memory_mib=320), record_property)
-
-
-@pytest.mark.long
 def test_four_times_the_memory_through_the_page_cache(
     guests: Guests, record_property: Record
 ) -> None:
