@@ -348,7 +348,10 @@ class Keeper:
 
 def finish(kernel: Kernel, keeper: Keeper) -> None:
     """The steps of an attach behind CONNECT, each harmless when done before.  Worker thread."""
-    kernel.sysfs.apply_queue_settings(keeper.index)
+    try:
+        kernel.sysfs.apply_queue_settings(keeper.index)
+    except CacheError as error:  # it works without them, and after a crash it waits longer
+        _log.warning("settings left out device=%s reason=%s", keeper.path, escaped(str(error)))
     keeper.link()
 
 
