@@ -113,8 +113,8 @@ $(RUN)/native: $(RUN)/venv $(NATIVE)
 
 build: $(RUN)/native
 
-# For all users of this machine, or below DESTDIR for a package. Configuration files are made only
-# where there are none; running daemons keep what they loaded until they are started anew.
+# For all users of this machine, or below DESTDIR for a package. Configuration files that were
+# edited stay; running daemons keep what they loaded until they are started anew.
 PREFIX := /usr/local
 SYSCONFDIR := /etc
 DESTDIR :=
@@ -126,7 +126,7 @@ UNITS = $(DESTDIR)$(PREFIX)/lib/systemd/system
 RULES = $(DESTDIR)$(PREFIX)/lib/udev/rules.d
 SYSUSERS = $(DESTDIR)$(PREFIX)/lib/sysusers.d
 UNIT_FILES := $(wildcard cli/system/*.service cli/system/*.socket)
-# What people may edit: only made where there is none, only removed where it is as we made it.
+# What people may edit: made where there is none or one as we made it, only removed where it is so.
 EDITABLE = $(SETTINGS)/cache.toml $(SETTINGS)/store.toml $(SETTINGS)/tab $(HOOKS)/50-millpond
 for_here = sed 's|@COMMAND@|$(PREFIX)/bin/millpond|'
 MARK = $(LIBRARY)/installed-by-make
@@ -141,6 +141,9 @@ install: $(RUN)/build.packages
 	"$(PYTHON)" -m venv $(LIBRARY)
 	echo "make install: installing into $(LIBRARY)"
 	$(LIBRARY)/bin/pip install -q --disable-pip-version-check --upgrade .
+	for file in $(EDITABLE); do # as an older one made it: made anew below
+		if cmp -s $(LIBRARY)/$${file##*/} $$file; then rm $$file; fi
+	done
 	for kind in cache store; do
 		$(LIBRARY)/bin/millpond config sample $$kind > $(LIBRARY)/$$kind.toml
 	done
@@ -156,6 +159,10 @@ install: $(RUN)/build.packages
 	if [[ -n "$(DESTDIR)" ]]; then sed -i '1s|^#!$(DESTDIR)|#!|' $(LIBRARY)/bin/millpond; fi
 	ln -sfn ../lib/millpond/bin/millpond $(COMMAND)
 	echo "make install: $(COMMAND), $(SETTINGS), $(UNITS)"
+	if [[ -z "$(filter /usr /usr/local,$(PREFIX))" ]]; then
+		echo "make install: systemd, udev and sysusers do not look below $(PREFIX): link" \
+			"what is in its lib/{systemd/system,udev/rules.d,sysusers.d} to /etc"
+	fi
 
 # What install made, and nothing else: no data, no configuration file that was edited.
 uninstall:

@@ -31,6 +31,7 @@ from millpond.cache.errors import (
     CacheError,
     NotPermitted,
     StoreAway,
+    UnderWay,
     VolumeBusy,
     VolumeUnknown,
     escaped,
@@ -57,6 +58,7 @@ Handler = Callable[[Request], Awaitable[dict[str, Any]]]
 # The first that fits names the refusal.
 CODES: tuple[tuple[str, type[CacheError]], ...] = (
     ("E_NOT_FOUND", VolumeUnknown),
+    ("E_UNDER_WAY", UnderWay),
     ("E_BUSY", VolumeBusy),
     ("E_EXISTS", AlreadyThere),
     ("E_PERMISSION", NotPermitted),

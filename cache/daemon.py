@@ -1,7 +1,8 @@
 """The cache process: one engine, the stores behind it, and every volume in use.
 
-Happy path: `CacheDaemon.start(config)` opens device and engine, connects to the store, takes up
-what a crash left behind; nbd/ serves `daemon.exports`; `await daemon.failed` or a signal; `stop()`.
+Happy path: `CacheDaemon.start(config)` opens device and engine; inherit() what the process before
+left; go() connects to the stores and takes up what a crash left behind; nbd/ serves
+`daemon.exports`; `await daemon.failed` or a signal; give_back(), stop(), take_kept().
 
 Failure modes: a task or the engine dies: one log line, `failed` is set, the caller stops and exits
 with a code.  The store is away: guests that only need the cache go on, others wait.  An engine that
@@ -10,7 +11,6 @@ does not stop in time: the process ends without the clean checkpoint, as after a
 
 import asyncio
 import logging
-import socket
 from collections.abc import Awaitable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,7 +20,6 @@ from millpond.cache.chance import Chance
 from millpond.cache.device import open_engine
 from millpond.cache.errors import CacheError, StoreAway, escaped
 from millpond.cache.events import EngineEvents
-from millpond.cache.exports import Owner
 from millpond.cache.handover import Kept
 from millpond.cache.links import Identity
 from millpond.cache.replicas import StoreNode
@@ -92,10 +91,14 @@ class CacheDaemon:
         self.volumes: dict[bytes, Volume] = {}
         self.scrub = Scrub(self.events, self._label_of)
         self.exports = CacheExports(
-            self.stores, self._volume_for, self._opened, self.tasks, read_only=config.read_only
+            self.stores,
+            self._volume_for,
+            self._opened,
+            lambda volume_id: self._volume(volume_id).continuing,
+            self.tasks,
+            read_only=config.read_only,
         )
         self._connections: dict[int, Client] = {}
-        self._kept: list[Kept] = []
         self._notify_fd: int | None = None
         self._world = World(
             engine=engine,
@@ -113,7 +116,7 @@ class CacheDaemon:
 
     @classmethod
     async def start(cls, device: str, config: CacheConfig) -> "CacheDaemon":
-        """Recover the device and serve.  Blocks while it recovers; raises CacheError."""
+        """Recover the device.  Blocks while it does; raises CacheError.  go() is next."""
         engine = open_engine(device, config.engine)
         try:
             daemon = cls(engine, config, Chance())
@@ -122,7 +125,6 @@ class CacheDaemon:
             engine.free()
             raise
         daemon.watch(engine.notify_fd())
-        daemon.go()
         return daemon
 
     def watch(self, notify_fd: int) -> None:
@@ -130,8 +132,18 @@ class CacheDaemon:
         self._notify_fd = notify_fd
         asyncio.get_running_loop().add_reader(notify_fd, self.pump)
 
+    def inherit(self, kept: Kept) -> None:
+        """Before go(): a connection of the process before goes on, before anybody else is served.
+
+        While the store is away the guest waits, as it does for a cache that runs.
+        """
+        self._volume(kept.volume).continuing.add(kept)
+
     def go(self) -> None:
-        """Connect to the stores and take up what the device remembers."""
+        """Connect to the stores and take up what the device remembers.
+
+        Whoever goes on with a volume is known by now: nothing is opened or given back before.
+        """
         for node in self.nodes:
             self.tasks.spawn(node.fetch.run(), f"fetch-{node.index}")
             self.tasks.spawn(node.destage.run(), f"destage-{node.index}")
@@ -139,6 +151,9 @@ class CacheDaemon:
             if status.has_undestaged:
                 volume = self._volume(status.id)
                 self.tasks.spawn(volume.resume(), f"resume-{status.id.hex()}")
+        for volume in self.volumes.values():
+            if volume.continuing.waiting:
+                self.tasks.spawn(self._serve_inherited(volume), f"inherit-{volume.id.hex()}")
         for node in self.nodes:
             self.tasks.spawn(self._give_back_leftovers(node), f"give-back-leftovers-{node.index}")
 
@@ -175,57 +190,38 @@ class CacheDaemon:
 
     # -- stop
 
-    async def give_back(self) -> list[Kept]:
-        """Before stop(): the connections that another process can go on with; their descriptors
-        are the caller's.  What waits for too long is not among them, and ends with the stop."""
+    async def give_back(self) -> None:
+        """Before stop(): between two requests, connections leave the engine for take_kept().
+
+        What waits for too long is not among them, and ends with the stop.
+        """
         self.exports.closing = True
+        for volume in self.volumes.values():
+            volume.begin_stop()
         for cookie in list(self._connections):
             with suppress(NativeError):  # no memory: it ends with the others
                 self.engine.leave(cookie)
         await self._wait_for(self._disconnected(), limits.GIVE_BACK_S)
-        kept, self._kept = self._kept, []
-        return kept
 
-    async def adopt(self, kept: Kept) -> bool:
-        """Go on with a connection of the process before.  False: it was closed, the log says why.
-
-        While the store is away the guest waits, as it does for a cache that runs.
-        """
-        sock = socket.socket(fileno=kept.fd)
-        backoff = Backoff()
-        try:
-            while True:
-                try:
-                    volume = self._volume_for(await self.stores.find_id(kept.volume))
-                    await volume.attach()
-                    break
-                except StoreAway:
-                    await backoff.wait()
-            try:
-                volume.connect(sock, kept.received, kept.agreed, Owner(tag=kept.tag))
-            finally:
-                volume.detach()
-            return True
-        except (CacheError, NativeError) as error:
-            log.warning(
-                "connection not taken up volume=%s reason=%s",
-                self._label_of(kept.volume),
-                escaped(str(error)),
-            )
-            return False
-        finally:
-            sock.close()  # detached, when the engine has it
+    def take_kept(self) -> list[Kept]:
+        """After stop(): connections for the next process; their descriptors are the caller's."""
+        return [kept for volume in self.volumes.values() for kept in volume.continuing.take()]
 
     async def stop(self) -> bool:
-        """Stop serving, give back what is drained, close the device.  False: not cleanly."""
+        """Stop serving, give back what is drained, close the device.  False: not cleanly.
+
+        Nobody who goes on with his disk in the next process waits for the volumes of others.
+        """
         self.exports.closing = True
         volumes = list(self.volumes.values())
         for volume in volumes:
             volume.disconnect_all()
         if not self.failed.done():
-            await self._wait_for(self._disconnected(), limits.STOP_CONNECTIONS_S)
+            hurry = any(volume.continuing for volume in volumes)
+            patience_s = limits.STOP_HURRY_S if hurry else limits.STOP_CONNECTIONS_S
+            await self._wait_for(self._disconnected(), patience_s)
             given_back = asyncio.gather(*(volume.stop() for volume in volumes))
-            await self._wait_for(given_back, limits.STOP_RELEASE_S)
+            await self._wait_for(given_back, patience_s if hurry else limits.STOP_RELEASE_S)
         clean = await self._stop_engine()
         await self.tasks.cancel_all()
         for node in self.nodes:
@@ -257,6 +253,19 @@ class CacheDaemon:
             await self._connection_gone.wait()
 
     # -- volumes
+
+    async def _serve_inherited(self, volume: Volume) -> None:
+        """Open it for the connections of the process before, as soon as the stores are there."""
+        backoff = Backoff()
+        while volume.continuing.waiting:
+            try:
+                volume.lives(await self.stores.find_id(volume.id))
+                await volume.attach()
+                volume.detach()
+            except StoreAway:
+                await backoff.wait()
+            except CacheError as error:
+                volume.continuing.drop(str(error), volume.label)
 
     def _volume(self, volume_id: bytes) -> Volume:
         volume = self.volumes.get(volume_id)
@@ -347,10 +356,10 @@ class CacheDaemon:
     def _on_connection_left(self, event: ConnectionLeft) -> None:
         fd, received = self.engine.take_left(event.cookie, event.bytes_count)
         client = self._connections.pop(event.cookie)
-        client.volume.connection_closed(event.cookie)
-        self._kept.append(
+        client.volume.continuing.add(
             Kept(fd, client.volume.id, client.agreed, received=received, tag=client.owner.tag)
         )
+        client.volume.connection_closed(event.cookie)
         self._connection_gone.set()
 
     def _fail(self, reason: str) -> None:

@@ -25,6 +25,10 @@ class VolumeBusy(CacheError):
     """Another cache holds the volume, or somebody here the device; it may become free."""
 
 
+class UnderWay(VolumeBusy):
+    """The same is being done here already; that is over soon."""
+
+
 class StoreAway(CacheError):
     """The store cannot be reached now; the same call later may succeed."""
 

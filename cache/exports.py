@@ -4,7 +4,7 @@ nbd/ negotiates and calls; the cache implements.  Nothing here knows how either 
 """
 
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -44,7 +44,9 @@ class ExportError(Exception):
     """Why an export cannot be described or opened; message is one line for the guest's operator."""
 
     def __init__(
-        self, code: Literal["unknown", "busy", "policy", "platform", "shutdown"], message: str
+        self,
+        code: Literal["unknown", "busy", "policy", "away", "platform", "shutdown"],
+        message: str,
     ) -> None:
         super().__init__(message)
         self.code = code
@@ -65,7 +67,7 @@ class OpenExport(Protocol):
         """
 
     async def release(self) -> None:
-        """The handshake failed after open."""
+        """The handshake failed after open.  Harmless when repeated, and after handover."""
 
 
 class Exports(Protocol):
@@ -95,3 +97,15 @@ class DeviceExports(Exports, Protocol):
 
         The engine serves all of it before this returns.  Stores that are away say nothing.
         """
+
+    def remember(
+        self, volume_id: bytes, who: object, forsaken: Callable[[], Awaitable[None]]
+    ) -> None:
+        """Somebody goes on with a disk that he has seen, connected or not, until forget().
+
+        The volume is not given back meanwhile.  When others have written to it all the same,
+        forsaken() has to end him; it returns before the volume is opened again.
+        """
+
+    def forget(self, volume_id: bytes, who: object) -> None:
+        """He has ended.  Twice is harmless."""

@@ -3,8 +3,8 @@
 Rules: a connection is given away only between two requests, with everything before answered, and
 is in one process at a time: whoever passes it on has no engine any more that reads from it.
 
-Happy path: CacheDaemon.give_back() -> Kept, one each -> encode(), and the descriptors, to whoever
-keeps them (systemd) -> decode() in the next process -> CacheDaemon.adopt(kept).
+Happy path: CacheDaemon.give_back(), stop(), take_kept() -> Kept, one each -> encode(), and the
+descriptors, to whoever keeps them (systemd) -> decode() in the next process -> inherit(kept).
 Failure modes: bytes that are not ours, or of another version: HandoverError; the connections are
 closed then, and guests connect again, as after a crash.
 """
@@ -35,7 +35,13 @@ class Kept:
     tag: str = ""  # of whoever connected it: a kernel device, or nobody in particular
 
 
-class _Entry(msgspec.Struct, frozen=True):
+class _Version(msgspec.Struct, frozen=True):
+    """What every version has."""
+
+    version: int
+
+
+class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One of them, on its way."""
 
     name: str  # of the descriptor
@@ -47,7 +53,7 @@ class _Entry(msgspec.Struct, frozen=True):
     tag: str
 
 
-class _State(msgspec.Struct, frozen=True):
+class _State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     version: int
     cache: str  # id: a connection goes on with this cache's log and no other
     connections: list[_Entry]
@@ -73,9 +79,10 @@ def encode(cache_id: bytes, named: Mapping[str, Kept]) -> bytes:
 def decode(data: bytes, cache_id: bytes, descriptors: Mapping[str, int]) -> Sequence[Kept]:
     """Those whose descriptors came too.  HandoverError."""
     try:
+        version = msgspec.json.decode(data, type=_Version).version
+        if version != VERSION:
+            raise HandoverError(f"connections were kept in version {version}, not {VERSION}")
         state = msgspec.json.decode(data, type=_State)
-        if state.version != VERSION:
-            raise HandoverError(f"connections were kept in version {state.version}, not {VERSION}")
         if state.cache != cache_id.hex():
             raise HandoverError(f"connections were kept for the cache {state.cache}, not this one")
         return [

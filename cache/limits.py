@@ -59,7 +59,9 @@ VOLUMES_MAX = 4096
 DIRTY_IDLE_S = 5.0  # drained for so long: "dirty" is taken off the record
 RELEASE_IDLE_S = 1.0  # no connection for so long: given back to the store
 STOP_CONNECTIONS_S = 10.0
-GIVE_BACK_S = 5.0  # until what a guest has in flight is answered; else it connects again
+# Until what a guest has in flight is answered; else it connects again.  Others wait for it.
+GIVE_BACK_S = 2.0
+STOP_HURRY_S = 0.5  # guests wait for the next process: what others still need may wait, too
 STOP_RELEASE_S = 5.0
 STOP_ENGINE_S = 60.0
 

@@ -1,16 +1,28 @@
 """One writable open, from the stores' word to the engine's.
 
-Happy path: open_at_engine() returns "".  Failure modes: the engine refuses: its reason, in a line;
-it is busy with something of the volume: again, for a while.
+Happy path: open_at_stores() -> open_at_engine() returns "".
+Failure modes: stores that are away, other caches that are faster, histories that have parted: a
+CacheError.  The engine refuses: its reason, in a line; it is busy with something of the volume:
+again, for a while.
 """
 
 import asyncio
 import errno
 import os
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from millpond.cache import limits
-from millpond.cache.replicas import VolumeRecord
+from millpond.cache.destage import find_volume
+from millpond.cache.errors import VolumeBusy, VolumeFenced
+from millpond.cache.positions import (
+    check_still_ours,
+    first_sequence_of,
+    has_arrived,
+    history_is_ours,
+    slots_are_valid,
+)
+from millpond.cache.replicas import ReplicaSet, VolumeRecord
 from millpond.cache.tasks import Backoff
 from millpond.cache.world import World
 from millpond.native.engine import NativeError, Opened
@@ -24,6 +36,51 @@ class Opening:
     lineage: int
     keep_slots: bool
     undestaged: bool
+
+
+async def open_at_stores(
+    world: World,
+    volume_id: bytes,
+    replicas: ReplicaSet,
+    *,
+    given_back_epoch: int | None,
+    part: Callable[[], Awaitable[None]],
+) -> Opening:
+    """Compare-and-swap epoch + 1, after making sure that the newest writes are known.  CacheError.
+
+    given_back_epoch: under which this process gave it back, with everything shipped.  part: called
+    before a history that is not ours alone becomes the one that we go on with.
+    """
+    cache_id = world.cache_id
+    for _ in range(limits.OPEN_RACES_MAX):
+        before = await replicas.show(volume_id)
+        known = find_volume(world.engine, volume_id)
+        check_still_ours(before, known, cache_id)
+        if not (given_back_epoch == before.epoch or history_is_ours(before, known, cache_id)):
+            await part()
+        lineage = world.chance.new_lineage()
+        try:
+            after = await replicas.open(
+                before,
+                cache_id=cache_id,
+                lineage=lineage,
+                first_sequence=first_sequence_of(before, known, cache_id),
+            )
+        except VolumeFenced:
+            continue  # somebody was faster, perhaps an earlier attempt of ours: look again
+        undestaged = (
+            known is not None and known.has_undestaged and not has_arrived(before, known, cache_id)
+        )
+        if undestaged and after.dirty_holder != cache_id.hex():
+            # The engine takes it for recorded when it finds such records: make it true first.
+            after = await replicas.record_dirty(after, cache_id=cache_id, dirty=True)
+        return Opening(
+            record=after,
+            lineage=lineage,
+            keep_slots=given_back_epoch == before.epoch or slots_are_valid(before, known, cache_id),
+            undestaged=undestaged,
+        )
+    raise VolumeBusy("other caches keep opening the volume; try again")
 
 
 async def open_at_engine(world: World, volume_id: bytes, opening: Opening, *, store: int) -> str:

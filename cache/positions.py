@@ -70,6 +70,17 @@ def has_arrived(record: VolumeRecord, known: VolumeStatus, cache_id: bytes) -> b
     return all(first_sequence > known.last_sequence for _, first_sequence in later)
 
 
+def history_is_ours(record: VolumeRecord, known: VolumeStatus | None, cache_id: bytes) -> bool:
+    """Nobody else has written since we did (record: before our open).
+
+    An open_holder that is us is enough, by induction: whatever remembers the volume as it was is
+    ended before we open it over somebody else's history, and it is not given back meanwhile.
+    """
+    if record.open_holder == cache_id.hex():
+        return True
+    return known is not None and record.epoch == known.epoch
+
+
 def slots_are_valid(record: VolumeRecord, known: VolumeStatus | None, cache_id: bytes) -> bool:
     """The device's read slots show the store's image (record: before our open).
 

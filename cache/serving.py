@@ -2,19 +2,21 @@
 
 Implements the protocols of exports.py for nbd/.
 
-Failure modes become ExportError: unknown name; busy at another cache; platform: the store is away,
-or the volume has failed here (the message says why); shutdown.
+Failure modes become ExportError: unknown name; busy at another cache; away: the store, and the
+same again may do; platform: the volume has failed here (the message says why); shutdown.
 """
 
 import asyncio
 import logging
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
 from millpond.cache import limits
+from millpond.cache.continuing import Continuing
 from millpond.cache.errors import (
     CacheError,
+    StoreAway,
     VolumeBusy,
     VolumeRefused,
     VolumeUnknown,
@@ -38,6 +40,7 @@ class CacheExports:
         stores: Stores,
         volume_for: Callable[[Found], Volume],
         opened: Callable[[str], Found | None],
+        continuing: Callable[[bytes], Continuing],
         tasks: Tasks,
         *,
         read_only: bool,
@@ -45,6 +48,7 @@ class CacheExports:
         self.closing = False
         self._stores = stores
         self._opened = opened  # by name
+        self._continuing = continuing  # by id
         self._volume_for = volume_for
         self._tasks = tasks
         self._read_only = read_only
@@ -75,7 +79,7 @@ class CacheExports:
                 record = await volume.attach()
         except TimeoutError:
             raise ExportError(
-                "platform", f"volume {escaped(record.name)}: the store does not answer; try again"
+                "away", f"volume {escaped(record.name)}: the store does not answer; try again"
             ) from None
         except CacheError as error:
             raise _export_error(error, record.name) from None
@@ -105,6 +109,16 @@ class CacheExports:
                     export = self._export(found.record)
                     exports[volume.id] = replace(export, size_bytes=await volume.grow())
         return exports
+
+    def remember(
+        self, volume_id: bytes, who: object, forsaken: Callable[[], Awaitable[None]]
+    ) -> None:
+        """He goes on with the volume, until forget(); see DeviceExports."""
+        self._continuing(volume_id).remember(who, forsaken)
+
+    def forget(self, volume_id: bytes, who: object) -> None:
+        """He has ended."""
+        self._continuing(volume_id).forget(who)
 
     async def look_up(self, name: str) -> Found:
         """A volume by name, on whichever store has it; CacheError."""
@@ -177,4 +191,6 @@ def _export_error(error: CacheError, name: str) -> ExportError:
         return ExportError("busy", message)
     if isinstance(error, VolumeUnknown):
         return ExportError("unknown", message)
+    if isinstance(error, StoreAway):
+        return ExportError("away", message)
     return ExportError("platform", message)

@@ -21,23 +21,12 @@ from enum import StrEnum
 import msgspec
 
 from millpond.cache import limits
+from millpond.cache.continuing import Continuing
 from millpond.cache.destage import VolumeDestage, find_volume
-from millpond.cache.errors import (
-    CacheError,
-    StoreAway,
-    VolumeBusy,
-    VolumeFenced,
-    VolumeRefused,
-    escaped,
-)
+from millpond.cache.errors import CacheError, StoreAway, VolumeRefused, escaped
 from millpond.cache.exports import NOBODY, Agreed, Owner
-from millpond.cache.opening import Opening, open_at_engine
-from millpond.cache.positions import (
-    check_still_ours,
-    first_sequence_of,
-    has_arrived,
-    slots_are_valid,
-)
+from millpond.cache.opening import Opening, open_at_engine, open_at_stores
+from millpond.cache.positions import check_still_ours, has_arrived
 from millpond.cache.replicas import ReplicaSet, VolumeRecord
 from millpond.cache.settings import VolumeSettings
 from millpond.cache.shaping import Admission, Shaper
@@ -67,6 +56,7 @@ class Volume:
         self.problem = ""
         self.record: VolumeRecord | None = None
         self.connections: set[int] = set()
+        self.continuing = Continuing(self._nobody_continues)
         self.dirty_recorded = False
         self.destage: VolumeDestage | None = None
         self.settings = VolumeSettings()
@@ -132,9 +122,22 @@ class Volume:
             raise VolumeRefused(self.problem or "the volume is being given back; try again")
         assert self.record is not None
         self._grow(self.record.size_bytes)
+        if not self._stopping:
+            self.continuing.serve(self.connect, self.label)
         self._users += 1
         self._cancel_idle()
         return self.record
+
+    @property
+    def is_in_use(self) -> bool:
+        """Not to be given back."""
+        return self._users > 0 or bool(self.connections) or bool(self.continuing)
+
+    def _nobody_continues(self) -> None:
+        if self.state is State.OPEN:
+            self._arm_idle()
+        elif self._place is not None and not self._world.tasks.closing:
+            self._world.tasks.spawn(self._give_back_if_ours(), f"give-back-{self.id.hex()}")
 
     def _learn(self, found: VolumeRecord) -> None:
         """What the store says about it now: a new name, a larger size."""
@@ -288,6 +291,8 @@ class Volume:
             known = find_volume(self._world.engine, self.id)
             if self.state is not State.CLOSED or (known is not None and known.has_undestaged):
                 return
+            if self.is_in_use:
+                return
             self.record = record
             try:
                 check_still_ours(record, known, self._world.cache_id)
@@ -296,9 +301,18 @@ class Volume:
                 return
             await self._tell_closed(record)
 
-    async def stop(self) -> None:
-        """Give the volume back as soon as it is drained; the caller bounds the wait."""
+    def begin_stop(self) -> None:
+        """No connection of the process before is served any more."""
         self._stopping = True
+
+    async def stop(self) -> None:
+        """Give the volume back as soon as it is drained; the caller bounds the wait.
+
+        One that somebody goes on with stays ours.
+        """
+        self._stopping = True
+        if self.continuing:
+            return
         if self.state is State.OPEN and self.destage is not None:
             self.destage.hurry()
             self._arm_idle()
@@ -318,12 +332,13 @@ class Volume:
         finally:
             outcome.set_result(error)
         if isinstance(error, StoreAway):
-            await self._undo_lost_open()
+            await self._give_back_if_ours()
 
-    async def _undo_lost_open(self) -> None:
-        """The store may have opened the volume for us without our hearing of it."""
+    async def _give_back_if_ours(self) -> None:
+        """The store may have it open for us: it opened it without our hearing of it, or whoever
+        went on with it has ended."""
         backoff = Backoff()
-        while self.state is State.CLOSED:
+        while self.state is State.CLOSED and not self.is_in_use:
             await backoff.wait()
             try:
                 record = await self._replicas.show(self.id)
@@ -337,7 +352,15 @@ class Volume:
 
     async def _open(self) -> None:
         """Fence the others, then tell the engine."""
-        opening = await self._open_at_stores()
+        if self._place is None:
+            self.lives(await self._world.stores.find_id(self.id))
+        opening = await open_at_stores(
+            self._world,
+            self.id,
+            self._replicas,
+            given_back_epoch=self._closed_epoch,
+            part=lambda: self.continuing.forsake(self.label),
+        )
         self.record = opening.record
         refusal = await open_at_engine(
             self._world, self.id, opening, store=self._replicas.fetch_store
@@ -364,42 +387,6 @@ class Volume:
         if self.shaper.volume_limits != rates:
             self.shaper = Shaper(Admission(rates), self._world.host)
         self._world.engine.configure_volume(self.id, self.settings.shares)
-
-    async def _open_at_stores(self) -> Opening:
-        """Compare-and-swap epoch + 1, after making sure that the newest writes are known."""
-        cache_id = self._world.cache_id
-        if self._place is None:
-            self.lives(await self._world.stores.find_id(self.id))
-        for _ in range(limits.OPEN_RACES_MAX):
-            before = self.record = await self._replicas.show(self.id)
-            known = find_volume(self._world.engine, self.id)
-            check_still_ours(before, known, cache_id)
-            lineage = self._world.chance.new_lineage()
-            try:
-                after = await self._replicas.open(
-                    before,
-                    cache_id=cache_id,
-                    lineage=lineage,
-                    first_sequence=first_sequence_of(before, known, cache_id),
-                )
-            except VolumeFenced:
-                continue  # somebody was faster, perhaps an earlier attempt of ours: look again
-            undestaged = (
-                known is not None
-                and known.has_undestaged
-                and not has_arrived(before, known, cache_id)
-            )
-            if undestaged and after.dirty_holder != cache_id.hex():
-                # The engine takes it for recorded when it finds such records: make it true first.
-                after = await self._replicas.record_dirty(after, cache_id=cache_id, dirty=True)
-            return Opening(
-                record=after,
-                lineage=lineage,
-                keep_slots=self._closed_epoch == before.epoch
-                or slots_are_valid(before, known, cache_id),
-                undestaged=undestaged,
-            )
-        raise VolumeBusy("other caches keep opening the volume; try again")
 
     def _after_open(self, opening: Opening) -> None:
         """Bring "dirty" and destage to where the stores and the device are."""
@@ -510,10 +497,9 @@ class Volume:
         self._cancel_idle()
         if self.state is not State.OPEN or not self._drained:
             return
-        in_use = self._users > 0 or len(self.connections) > 0
-        if in_use and not self.dirty_recorded:
+        if self.is_in_use and not self.dirty_recorded:
             return
-        delay_s = limits.DIRTY_IDLE_S if in_use else limits.RELEASE_IDLE_S
+        delay_s = limits.DIRTY_IDLE_S if self.is_in_use else limits.RELEASE_IDLE_S
         self._idle_timer = asyncio.get_running_loop().call_later(
             0.0 if self._stopping else delay_s, self._idle
         )
@@ -527,7 +513,7 @@ class Volume:
         async with self._lock:
             if self.state is not State.OPEN or not self._drained:
                 return
-            if self._users == 0 and not self.connections:
+            if not self.is_in_use:
                 await self._release()
             elif self.dirty_recorded:
                 await self._clear_dirty()

@@ -4,20 +4,20 @@ The running cache does it; these commands ask it over its control socket.  `atta
 of the device and nothing else.
 """
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from millpond.cache.control import call
-from millpond.cache.errors import AlreadyThere, VolumeUnknown
+from millpond.cache.errors import VolumeUnknown
 from millpond.cli import devicexml
 from millpond.cli.foreground import expected_errors
+from millpond.cli.map import ANSWER_S, attach_new, ensure_attached
 from millpond.cli.output import format_size, print_json, print_table
 from millpond.cli.run import run
 from millpond.cli.status import CacheDirOption, ControlOption, JsonOption, ask, control_path
-
-# Longer than a store may take to open a volume (cache/limits.py) and the kernel to connect it.
-CALL_TIMEOUT_S = 60.0
+from millpond.cli.tab import Entry
+from millpond.nbd.sysfs import index_of
 
 app = typer.Typer(
     name="device",
@@ -55,28 +55,11 @@ def attach(
     json: JsonOption = False,
 ) -> None:
     """Make a volume a block device of this host; prints its path."""
-
-    async def work(path: str) -> dict[str, Any]:
-        try:
-            return await call(
-                path,
-                "attach",
-                timeout_s=CALL_TIMEOUT_S,
-                volume=volume,
-                device=device or "",
-                read_only=read_only,
-            )
-        except AlreadyThere:
-            every = (await call(path, "devices"))["devices"] if exist_ok else []
-            for found in every:
-                same = found["volume"] == volume and found["read_only"] == read_only
-                if same and device in (None, found["device"]):
-                    return dict(found)
-            raise
-
+    index = index_of(device) if device is not None else None
+    entry = Entry(volume, read_only, device if index is None else f"/dev/nbd{index}")
     path = control_path(directory, control)
     with expected_errors():
-        made = run(work(path))
+        made = run((ensure_attached if exist_ok else attach_new)(path, entry))
     if json:
         print_json(made)
     else:
@@ -101,7 +84,7 @@ def detach(
     path = control_path(directory, control)
     with expected_errors():
         try:
-            run(call(path, "detach", timeout_s=CALL_TIMEOUT_S, volume=target, force=force))
+            run(call(path, "detach", timeout_s=ANSWER_S, volume=target, force=force))
         except VolumeUnknown:
             if not missing_ok:
                 raise

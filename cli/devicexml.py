@@ -15,9 +15,10 @@ import typer
 from millpond.cache.control import call
 from millpond.cache.errors import CacheError, VolumeUnknown
 from millpond.cli.foreground import expected_errors
-from millpond.cli.map import CONTROL_SOCKET, HostControlOption
+from millpond.cli.map import HostControlOption
 from millpond.cli.output import note, parse_duration_s
 from millpond.cli.run import USAGE, CommandError, run
+from millpond.cli.status import CONTROL_SOCKET
 from millpond.nbd.devicelinks import link_name
 from millpond.store.catalogue import new_id
 from millpond.store.client import StoreClient

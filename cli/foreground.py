@@ -214,10 +214,10 @@ async def serve_cache(
     handlers = handlers_of(daemon, signals.ask) | device_handlers_of(devices)
     control = ControlServer(handlers, daemon.tasks)
     async with watched(notifier, daemon.alive):
-        kept: Sequence[Kept] = ()
         try:
             for guest in devices.take(guests):
-                daemon.tasks.spawn(daemon.adopt(guest), f"adopt-{guest.fd}")
+                daemon.inherit(guest)
+            daemon.go()
             await devices.start()
             if control_socket is not None:
                 await control.listen(
@@ -243,9 +243,9 @@ async def serve_cache(
             await control.close()
             unused = await devices.close()
             if notifier.is_there:
-                kept = [*unused, *await daemon.give_back()]
+                await daemon.give_back()
             clean = await daemon.stop()
-            keep_guests(notifier, daemon.engine.cache_id, kept)
+            keep_guests(notifier, daemon.engine.cache_id, [*unused, *daemon.take_kept()])
     if not clean:
         raise CommandError("the cache did not stop cleanly; it will recover at the next start")
 

@@ -5,7 +5,7 @@ so, before anything of it is used; what cannot be used is shut down, so that the
 (a kernel device would wait for ever otherwise).
 
 Happy path: keep_guests(...) as the last thing before the process ends; take_guests(...) in the
-next one, then CacheDaemon.adopt for each.
+next one, then CacheDaemon.inherit for each.
 Failure modes: no manager, or one that keeps nothing: the connections end with the process, and
 guests connect again.  Descriptors without their description (the process died between two
 messages): shut down.

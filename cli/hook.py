@@ -7,7 +7,10 @@ guest's XML on standard input.  At `prepare begin` each disk under /dev/millpond
 Rules: libvirt is never called from here, it waits for us.  Time is bounded.  A volume is detached
 only by the last guest that had it attached: each guest leaves a mark, and a device that was there
 before (`millpond map`, `attach`) gets none and stays.  Without a mark a guest that could not start
-because another has its disk would pull the disk from under the other.
+because another has its disk would pull the disk from under the other.  The mark comes before the
+device and goes after it: who is killed in between leaves a mark too many, which the guest's next
+release takes, and no device that nobody detaches.  A release goes by marks, not by the guest's XML:
+disks that were unplugged under it are not in there any more.
 Failure modes: one line on stderr, which libvirt shows, and a code; the guest does not start.
 """
 
@@ -19,19 +22,29 @@ import os
 import re
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
 
-from millpond.cache.control import call
-from millpond.cache.errors import CacheAway, CacheError, StoreAway
+from millpond.cache.errors import CacheError
 from millpond.cli.devicexml import LINKS
 from millpond.cli.foreground import expected_errors
-from millpond.cli.map import CONTROL_SOCKET, RETRY_S, HostControlOption, attach, attached
-from millpond.cli.run import FAILED, UNREACHABLE, USAGE, CommandError, run
+from millpond.cli.map import (
+    AWAY,
+    IN_USE,
+    RETRY_S,
+    HostControlOption,
+    attached,
+    ensure_attached,
+    ensure_detached,
+    persist,
+)
+from millpond.cli.run import BUSY, FAILED, UNREACHABLE, USAGE, CommandError, run
+from millpond.cli.status import CONTROL_SOCKET
 from millpond.cli.tab import Entry
 
 XML_BYTES_MAX: Final = 16 << 20  # a domain's is some KiB
@@ -54,13 +67,16 @@ def hook(
     marks: Annotated[str, typer.Option("--marks", metavar="DIR")] = MARKS,
 ) -> None:
     """What libvirt calls when a guest starts and ends; its XML is on standard input."""
-    works = {("prepare", "begin"): _before, ("release", "end"): _after}
-    work = works.get((operation, step))
-    if work is None:
+    data = sys.stdin.buffer.read(XML_BYTES_MAX + 1)
+    host = Host(control, Path(marks))
+    if (operation, step) == ("prepare", "begin"):
+        work = _before(host, guest, disks_of(data))
+    elif (operation, step) == ("release", "end"):
+        work = _after(host, guest)
+    else:
         return
-    disks = disks_of(sys.stdin.buffer.read(XML_BYTES_MAX + 1))
     with expected_errors():
-        run(_bounded(work(Host(control, Path(marks)), guest, disks), guest))
+        run(_bounded(work, guest))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,19 +116,22 @@ def disks_of(data: bytes) -> list[Disk]:
 
 
 def volume_of(link: str) -> str:
-    """The volume whose link has this name: link_name() of nbd/devicelinks.py, backwards."""
+    """The volume whose link has this name: link_name() of nbd/devicelinks.py, backwards.
+
+    Of a name too long for a link it is the id, which the cache takes for a name.
+    """
     encoded = re.sub(rb"\\x([0-9a-f]{2})", lambda found: bytes([int(found[1], 16)]), link.encode())
     return encoded.decode(errors="replace")
 
 
-async def _bounded(work: Any, guest: str) -> None:
+async def _bounded(work: Coroutine[Any, Any, None], guest: str) -> None:
     try:
         async with asyncio.timeout(BUDGET_S):
             await work
     except TimeoutError:
         raise CommandError(
-            f"guest {guest!r}: its volumes are not ready after {BUDGET_S:g} s; see `millpond"
-            " status`, then start it again",
+            f"guest {guest!r}: not done with its volumes after {BUDGET_S:g} s; see `millpond"
+            " status`, then try again",
             exit_code=UNREACHABLE,
         ) from None
 
@@ -120,60 +139,89 @@ async def _bounded(work: Any, guest: str) -> None:
 async def _before(host: Host, guest: str, disks: list[Disk]) -> None:
     """All of them are attached, or the guest does not start."""
     for disk in disks:
-        async with _marks_of(host, disk.volume) as marks:
-            found = await _patiently(host, disk)
-            # A device of nobody's marks is an operator's: it was there before and stays after.
-            if not found or any(marks.iterdir()):
-                (marks / _word(guest)).write_text(f"{guest}\n")
+        async with _locked(Marks(host.marks / _word(disk.volume))) as marks:
+
+            async def mark_and_attach(entry: Entry, marks: Marks = marks) -> dict[str, Any]:
+                found = await attached(host.control, entry.volume)
+                # A device of nobody's marks is an operator's: it was there before and stays after.
+                if found is None or marks.any():
+                    marks.leave(guest, entry.volume)
+                return found or await ensure_attached(host.control, entry)
+
+            entry = Entry(disk.volume, read_only=disk.read_only)
+            found = await persist(entry, mark_and_attach, AWAY, TRY_AGAIN_S)
+        if found["read_only"] and not disk.read_only:
+            raise CommandError(
+                f"volume {disk.volume!r} is attached read-only as {found['device']}, and guest"
+                f" {guest!r} writes to it; detach it first, or give the disk <readonly/>",
+                exit_code=BUSY,
+            )
 
 
-async def _patiently(host: Host, disk: Disk) -> bool:
-    """Attach; True: it was there already.  A cache or store that is away is tried again."""
-    loop = asyncio.get_running_loop()
-    deadline_s = loop.time() + TRY_AGAIN_S
-    while True:
-        try:
-            if await attached(host.control, disk.volume) is not None:
-                return True
-            await attach(host.control, Entry(disk.volume, read_only=disk.read_only))
-            return False
-        except (CacheAway, StoreAway):
-            if loop.time() + RETRY_S > deadline_s:
-                raise
-        await asyncio.sleep(RETRY_S)
+async def _after(host: Host, guest: str) -> None:
+    """What it has marks of is given up, side by side; the first trouble is told."""
+    trouble = await asyncio.gather(
+        *(_give_up(host, guest, marks, volume) for marks, volume in marks_of(host.marks, guest))
+    )
+    for error in filter(None, trouble):
+        raise error
 
 
-async def _after(host: Host, guest: str, disks: list[Disk]) -> None:
-    """Each is detached if this guest was the last that needed it; the first trouble is told."""
-    trouble: list[CacheError] = []
-    for disk in disks:
-        async with _marks_of(host, disk.volume) as marks:
-            mark = marks / _word(guest)
-            if not mark.exists():
-                continue
-            mark.unlink()
-            if any(marks.iterdir()):
-                continue
+async def _give_up(host: Host, guest: str, marks: "Marks", volume: str) -> CacheError | None:
+    """Detach a volume unless another guest has a mark; on an error the mark stays, too."""
+    async with _locked(marks):
+        if marks.only(guest):
             try:
-                if await attached(host.control, disk.volume) is not None:
-                    await call(host.control, "detach", volume=disk.volume)
+                attempt = partial(ensure_detached, host.control)
+                await persist(Entry(volume), attempt, IN_USE, TRY_AGAIN_S)
             except CacheError as error:
-                trouble.append(error)
-    if trouble:
-        raise trouble[0]
+                return error
+        marks.take(guest)
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """The folder of a volume's marks: a file per guest, with the volume's name in it."""
+
+    place: Path
+
+    def any(self) -> bool:
+        """Has any guest left one?"""
+        return any(self.place.iterdir())
+
+    def only(self, guest: str) -> bool:
+        """Has no other guest left one?"""
+        return all(mark.name == _word(guest) for mark in self.place.iterdir())
+
+    def leave(self, guest: str, volume: str) -> None:
+        """Make one, whole or not at all."""
+        new = self.place.with_suffix(".new")
+        new.write_text(volume)
+        new.replace(self.place / _word(guest))
+
+    def take(self, guest: str) -> None:
+        """Remove one."""
+        (self.place / _word(guest)).unlink(missing_ok=True)
+
+
+def marks_of(marks: Path, guest: str) -> list[tuple[Marks, str]]:
+    """Of a guest, with the volumes."""
+    found = sorted(marks.glob(f"*/{_word(guest)}"))
+    return [(Marks(mark.parent), mark.read_text()) for mark in found]
 
 
 @contextlib.asynccontextmanager
-async def _marks_of(host: Host, volume: str) -> AsyncIterator[Path]:
-    """The folder of a volume's marks, locked: libvirt starts guests side by side."""
-    marks = host.marks / _word(volume)
+async def _locked(marks: Marks) -> AsyncIterator[Marks]:
+    """Made and locked: libvirt starts guests side by side."""
+    place = marks.place
     try:
-        marks.mkdir(parents=True, exist_ok=True, mode=0o755)
-        descriptor = os.open(marks, os.O_RDONLY | os.O_DIRECTORY)
+        os.makedirs(place, exist_ok=True, mode=0o755)
+        descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
         reason = os.strerror(error.errno or 0)
         raise CommandError(
-            f"cannot keep marks of guests in {marks}: {reason}", exit_code=FAILED
+            f"cannot keep marks of guests in {place}: {reason}", exit_code=FAILED
         ) from None
     try:
         while True:

@@ -2,27 +2,29 @@
 
 Rules: both can be repeated; what is as it should be is left as it is.  `unmap --all` leaves alone
 what the tab does not name.  Each volume has its own time and its own line when it fails; the others
-go on.  What may pass (no cache at the socket yet, a store that is away) is tried again until the
-volume's time is over; what will not pass by waiting fails at once.
+go on.  What may pass (no cache at the socket yet, a store that is away, the same under way already)
+is tried again until the volume's time is over; what will not pass by waiting fails at once.
 
 Failure modes: one line per volume; exit code of them all, or 1 when they differ.  `nofail` of the
 tab: the line comes, the exit code does not.
 """
 
 import asyncio
+import contextlib
 import sys
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Any, Final
 
 import typer
 
 from millpond.cache.control import call
-from millpond.cache.errors import CacheAway, CacheError, StoreAway, VolumeBusy
+from millpond.cache.errors import CacheAway, CacheError, StoreAway, UnderWay, VolumeBusy
 from millpond.cli.foreground import expected_errors
 from millpond.cli.output import note, parse_duration_s, print_json, print_table
 from millpond.cli.run import (
-    BUSY,
+    EXISTS,
     FAILED,
     NOT_FOUND,
     OK,
@@ -33,13 +35,16 @@ from millpond.cli.run import (
     message_of,
     run,
 )
+from millpond.cli.status import CONTROL_SOCKET
 from millpond.cli.tab import TAB_FILE, Entry, load
 
-CONTROL_SOCKET: Final = "/run/millpond/control.sock"
-ANSWER_S: Final = 30.0  # opening a volume at a store, at most
+# To find a volume and to open it takes 40 s at most (cache/limits.py), then the kernel connects it.
+ANSWER_S: Final = 60.0
 RETRY_S: Final = 0.5
+PATIENCE_S: Final = 5.0  # of people: then they hear what is waited for
 AT_A_TIME: Final = 8  # a control socket has 32 connections, others ask it too
 UNMAP_TIMEOUT_S: Final = 15.0
+COLUMNS: Final = ("volume", "device", "link")
 
 NamesArgument = Annotated[
     list[str] | None, typer.Argument(help="of volumes", metavar="[NAME]...", show_default=False)
@@ -72,18 +77,11 @@ def map_volumes(
     json: JsonOption = False,
 ) -> int:
     """Attach volumes of /etc/millpond/tab as block devices."""
-    entries = load(tab)
-    if names:
-        _no_all(everything)
-        entries = [_named(entries, name, tab) for name in dict.fromkeys(names)]
-    elif everything:
-        entries = [entry for entry in entries if not entry.noauto]
-    else:
-        raise CommandError("give NAME, or --all", exit_code=USAGE)
+    every = load(tab)
+    automatic = [entry for entry in every if not entry.noauto]
+    entries = _chosen(names, everything, automatic, lambda name: _named(every, name, tab))
     limit_s = parse_duration_s(timeout) if timeout is not None else None
-    with expected_errors():
-        done = run(_each(entries, lambda entry: attach(control, entry), AWAY, limit_s))
-    return _report(done, json=json)
+    return _carry_out(entries, partial(ensure_attached, control), AWAY, limit_s, json=json)
 
 
 def unmap_volumes(
@@ -95,44 +93,40 @@ def unmap_volumes(
     json: JsonOption = False,
 ) -> int:
     """Detach volumes: those named, also when the tab has them not, or all of the tab."""
-    if names:
-        _no_all(everything)
-        entries = [Entry(name) for name in dict.fromkeys(names)]
-    elif everything:
-        entries = load(tab)
-    else:
-        raise CommandError("give NAME, or --all", exit_code=USAGE)
+    every = load(tab) if everything else []
+    anywhere = [replace(each, device=None) for each in every]  # on whatever device it is
+    entries = _chosen(names, everything, anywhere, Entry)
     limit_s = parse_duration_s(timeout) if timeout is not None else UNMAP_TIMEOUT_S
-    with expected_errors():
-        done = run(_each(entries, lambda entry: detach(control, entry), IN_USE, limit_s))
-    return _report(done, json=json)
+    return _carry_out(entries, partial(ensure_detached, control), IN_USE, limit_s, json=json)
 
 
-async def attach(control: str, entry: Entry) -> dict[str, Any]:
-    """One attempt; {volume, device, link}.  CacheError, or CommandError when it is there, but not
-    as the tab wants it."""
+async def attach_new(control: str, entry: Entry) -> dict[str, Any]:
+    """One attempt; the device as the cache describes it.  CacheError; AlreadyThere among them."""
+    wanted = {"volume": entry.volume, "device": entry.device or "", "read_only": entry.read_only}
+    return await call(control, "attach", timeout_s=ANSWER_S, **wanted)
+
+
+async def ensure_attached(control: str, entry: Entry) -> dict[str, Any]:
+    """One attempt, unless it is attached.  CacheError, or CommandError when it is, but not as
+    wanted."""
     found = await attached(control, entry.volume)
     if found is None:
-        arguments: dict[str, Any] = {"volume": entry.volume, "read_only": entry.read_only}
-        if entry.device is not None:
-            arguments["device"] = entry.device
         try:
-            made = await call(control, "attach", timeout_s=ANSWER_S, **arguments)
-            return {"volume": entry.volume, "device": made["device"], "link": made["link"]}
+            return await attach_new(control, entry)
         except CacheError:
             # Somebody else was faster, or the answer to an attempt before this one was lost.
             found = await attached(control, entry.volume)
             if found is None:
                 raise
     if entry.device not in (None, found["device"]):
-        raise _otherwise(entry, f"as {found['device']}, the tab says {entry.device}")
+        raise _otherwise(entry, found, f"not as {entry.device}")
     # The other way round is no contradiction: all of a cache may be read-only.
-    if entry.read_only and not found.get("read_only"):
-        raise _otherwise(entry, f"as {found['device']} for writing, the tab says read-only")
-    return {"volume": entry.volume, "device": found["device"], "link": found["link"]}
+    if entry.read_only and not found["read_only"]:
+        raise _otherwise(entry, found, "for writing, not read-only")
+    return found
 
 
-async def detach(control: str, entry: Entry) -> dict[str, Any]:
+async def ensure_detached(control: str, entry: Entry) -> dict[str, Any]:
     """One attempt; what is not attached is done."""
     if await attached(control, entry.volume) is not None:
         await call(control, "detach", timeout_s=ANSWER_S, volume=entry.volume)
@@ -140,14 +134,14 @@ async def detach(control: str, entry: Entry) -> dict[str, Any]:
 
 
 async def attached(control: str, volume: str) -> dict[str, Any] | None:
-    """The device of a volume, as the cache has it; None when it has none."""
+    """The device of a volume, by name or id, as the cache has it; None when it has none."""
     devices: list[dict[str, Any]] = (await call(control, "devices"))["devices"]
-    return next((device for device in devices if device["volume"] == volume), None)
+    return next((each for each in devices if volume in (each["volume"], each["id"])), None)
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """How it went with one volume: its row, or why not."""
+    """How it went with one volume: what holds COLUMNS, or why not."""
 
     entry: Entry
     row: dict[str, Any] | None
@@ -155,19 +149,63 @@ class Done:
 
 
 Attempt = Callable[[Entry], Awaitable[dict[str, Any]]]
-
-
 Passing = tuple[type[CacheError], ...]
-AWAY: Final[Passing] = (CacheAway, StoreAway)
+AWAY: Final[Passing] = (CacheAway, StoreAway, UnderWay)
 # After umount, udev looks at a device once more.
 IN_USE: Final[Passing] = (CacheAway, StoreAway, VolumeBusy)
+
+
+def _chosen(
+    names: list[str] | None, everything: bool, every: list[Entry], named: Callable[[str], Entry]
+) -> list[Entry]:
+    """What the command line names, each once."""
+    if bool(names) == everything:
+        which = "NAME or --all, not both" if everything else "NAME, or --all"
+        raise CommandError(f"give {which}", exit_code=USAGE)
+    return [named(name) for name in dict.fromkeys(names)] if names else every
+
+
+def _carry_out(
+    entries: Sequence[Entry],
+    attempt: Attempt,
+    passing: Passing,
+    limit_s: float | None,
+    *,
+    json: bool,
+) -> int:
+    """Do it and say how it went; the exit code.  limit_s: for each, None: what its entry says."""
+    return _report(run(_each(entries, attempt, passing, limit_s)), json=json)
+
+
+class _Turns:
+    """So many at a time; those that name their device have tried once before the others begin.
+
+    The others take the first that is free, which could be one of the named.
+    """
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        self._places = asyncio.Semaphore(AT_A_TIME)
+        self._tried = {each.volume: asyncio.Event() for each in entries if each.device is not None}
+
+    @contextlib.asynccontextmanager
+    async def of(self, entry: Entry) -> AsyncIterator[None]:
+        """One attempt."""
+        tried = self._tried.get(entry.volume)
+        if tried is None:
+            await asyncio.gather(*(each.wait() for each in self._tried.values()))
+        try:
+            async with self._places:
+                yield
+        finally:
+            if tried is not None:
+                tried.set()
 
 
 async def _each(
     entries: Sequence[Entry], attempt: Attempt, passing: Passing, limit_s: float | None
 ) -> list[Done]:
     """All of them, side by side: one whose store is away holds up no other."""
-    turns = asyncio.Semaphore(AT_A_TIME)
+    turns = _Turns(entries)
     times = (entry.timeout_s if limit_s is None else limit_s for entry in entries)
     return await asyncio.gather(
         *(
@@ -178,30 +216,55 @@ async def _each(
 
 
 async def _one(
-    entry: Entry, attempt: Attempt, passing: Passing, limit_s: float, turns: asyncio.Semaphore
+    entry: Entry, attempt: Attempt, passing: Passing, limit_s: float, turns: _Turns
 ) -> Done:
+    async def in_turn(entry: Entry) -> dict[str, Any]:
+        async with turns.of(entry):
+            return await attempt(entry)
+
+    def tell(error: CacheError, left_s: float) -> None:
+        note(f"{_line(entry, error)}; trying again for {left_s:.0f} s")
+
+    try:
+        return Done(entry, await persist(entry, in_turn, passing, limit_s, tell=tell))
+    except (CacheError, CommandError) as error:
+        return Done(entry, None, error)
+
+
+async def persist(
+    entry: Entry,
+    attempt: Attempt,
+    passing: Passing,
+    limit_s: float,
+    *,
+    tell: Callable[[CacheError, float], None] = lambda error, left_s: None,
+) -> dict[str, Any]:
+    """Attempts until one is done or fails for good; CacheError, CommandError.
+
+    tell: once, what is waited for and for how many seconds, when that is longer than people like.
+    """
     loop = asyncio.get_running_loop()
-    deadline_s = loop.time() + limit_s
+    begin_s, told = loop.time(), False
     while True:
         try:
-            async with turns:
-                return Done(entry, await attempt(entry))
+            return await attempt(entry)
         except passing as error:
-            if loop.time() + RETRY_S > deadline_s:
-                return Done(entry, None, error)
-        except (CacheError, CommandError) as error:
-            return Done(entry, None, error)
+            waited_s = loop.time() - begin_s
+            if waited_s + RETRY_S > limit_s:
+                raise
+            if waited_s >= PATIENCE_S and not told:
+                told = True
+                tell(error, limit_s - waited_s)
         await asyncio.sleep(RETRY_S)
 
 
 def _report(done: Sequence[Done], *, json: bool) -> int:
     """Rows of what is as it should be, lines of what is not, and the exit code."""
-    rows = [each.row for each in done if each.row is not None]
+    rows = [{key: each.row[key] for key in COLUMNS} for each in done if each.row is not None]
     if json:
         print_json(rows)
     elif mapped := [row for row in rows if row["device"] is not None]:
-        keys = ("volume", "device", "link")
-        print_table(keys, [tuple(str(row[key]) for key in keys) for row in mapped])
+        print_table(COLUMNS, [tuple(str(row[key]) for key in COLUMNS) for row in mapped])
     sys.stdout.flush()
     codes = [_complain(each.entry, each.error) for each in done if each.error is not None]
     failed = {code for code in codes if code != OK}
@@ -210,13 +273,16 @@ def _report(done: Sequence[Done], *, json: bool) -> int:
 
 def _complain(entry: Entry, error: Exception) -> int:
     """The one line; OK when the tab says that this is no failure."""
-    named = message_of(error)
-    if entry.volume not in named:
-        named = f"volume {entry.volume!r}: {named}"
+    named = _line(entry, error)
     if entry.nofail:
         note(f"{named} (nofail)")
         return OK
     return complain(CommandError(named, exit_code=_code_of(error)))
+
+
+def _line(entry: Entry, error: Exception) -> str:
+    named = message_of(error)
+    return named if entry.volume in named else f"volume {entry.volume!r}: {named}"
 
 
 def _code_of(error: Exception) -> int:
@@ -237,13 +303,8 @@ def _named(entries: Sequence[Entry], name: str, tab: str) -> Entry:
     )
 
 
-def _no_all(everything: bool) -> None:
-    if everything:
-        raise CommandError("give NAME or --all, not both", exit_code=USAGE)
-
-
-def _otherwise(entry: Entry, what: str) -> CommandError:
+def _otherwise(entry: Entry, found: dict[str, Any], how: str) -> CommandError:
     return CommandError(
-        f"volume {entry.volume!r} is attached {what}; `millpond unmap` it first",
-        exit_code=BUSY,
+        f"volume {entry.volume!r} is attached already as {found['device']}, {how}; detach it first",
+        exit_code=EXISTS,
     )

@@ -24,7 +24,7 @@ from typing import Final
 from millpond.store.errors import one_line
 
 FIRST_DESCRIPTOR: Final = 3  # SD_LISTEN_FDS_START
-DESCRIPTORS_MAX: Final = 4096  # more than FileDescriptorStoreMax= of our units
+DESCRIPTORS_MAX: Final = 4096  # more than FileDescriptorStoreMax= of our units, and sockets
 BARRIER_TIMEOUT_S: Final = 5.0  # it answers between two things it does
 SEND_TIMEOUT_S: Final = 2.0  # the manager reads at once, or it is in trouble itself
 PINGS_PER_INTERVAL: Final = 3  # one may be late, and one may be lost
@@ -51,10 +51,6 @@ class Notifier:
     def ready(self, status: str) -> None:
         """Started: what waits for us may go on."""
         self._send(f"READY=1\nSTATUS={one_line(status)}")
-
-    def status(self, text: str) -> None:
-        """One line for `systemctl status`."""
-        self._send(f"STATUS={one_line(text)}")
 
     def stopping(self) -> None:
         """On our way out."""
@@ -86,7 +82,9 @@ class Notifier:
         finally:
             os.close(writing)  # its copy is the last one, and it closes that when it gets there
         try:
-            return said and bool(select.select([reading], [], [], BARRIER_TIMEOUT_S)[0])
+            answer = select.poll()  # select() knows no descriptors from 1024 on
+            answer.register(reading)
+            return said and bool(answer.poll(BARRIER_TIMEOUT_S * 1000))
         finally:
             os.close(reading)
 

@@ -1,14 +1,16 @@
 """What a running cache says about itself: `millpond status`, `cache status`, `cache list`."""
 
 import os
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 
 from millpond.cache.control import call
 from millpond.cli.foreground import expected_errors
 from millpond.cli.output import format_size, print_fields, print_json, print_table
-from millpond.cli.run import USAGE, CommandError, run
+from millpond.cli.run import run
+
+CONTROL_SOCKET: Final = "/run/millpond/control.sock"  # of this host's cache, as its unit has it
 
 
 def register(parent: typer.Typer) -> None:
@@ -24,7 +26,7 @@ ControlOption = Annotated[
     typer.Option(
         "--control",
         envvar="MILLPOND_CONTROL",
-        help="control socket of a cache",
+        help=f"control socket of a cache; {CONTROL_SOCKET}",
         metavar="SOCKET",
     ),
 ]
@@ -32,15 +34,10 @@ JsonOption = Annotated[bool, typer.Option("--json", help="JSON instead of tables
 
 
 def control_path(directory: str | None, control: str | None) -> str:
-    """The control socket that the options (or the environment) name; --dir wins."""
+    """The control socket that the options (or the environment) name; --dir wins, then --control."""
     if directory is not None:
         return os.path.join(directory, "control.sock")
-    if control is None:
-        raise CommandError(
-            "give either --dir DIR or --control SOCKET, or set MILLPOND_CONTROL",
-            exit_code=USAGE,
-        )
-    return control
+    return CONTROL_SOCKET if control is None else control
 
 
 def ask(directory: str | None, control: str | None, op: str) -> dict[str, Any]:

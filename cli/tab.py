@@ -22,7 +22,8 @@ from millpond.store.errors import StoreError, one_line
 
 TAB_FILE: Final = "/etc/millpond/tab"
 TAB_BYTES_MAX: Final = 1 << 20
-TIMEOUT_S: Final = 60.0  # a cache that recovers, a store that boots beside us
+# A store that boots beside us and recovers: as long as systemd gives it, and fstab a mount of ours.
+TIMEOUT_S: Final = 600.0
 _BLANKS: Final = re.compile(r"[ \t\r]")  # not split(): a name may hold other blanks of Unicode
 _ESCAPE: Final = re.compile(r"\\([0-7]{3})")
 _DEVICE: Final = re.compile(r"/dev/nbd[0-9]{1,5}")

@@ -42,6 +42,7 @@ from millpond.cli.foreground import (
     serve_cache,
 )
 from millpond.cli.output import format_size, parse_size
+from millpond.cli.release import is_held, release
 from millpond.cli.run import BUSY, NOT_FOUND, USAGE, CommandError, run
 from millpond.native.engine import VolumeStatus
 from millpond.store.catalogue import check_size
@@ -239,14 +240,12 @@ async def ensure_volume(
 
 async def check_nothing_lost(place: Place, address: str, *, accept_loss: bool) -> None:
     """A new cache for a volume whose old one held writes: only when the operator says so."""
-    chance = Chance()
-    ours = chance.new_id()
     client = await StoreClient.connect(
-        address, role="control", client_id=ours, client_name="millpond up"
+        address, role="control", client_id=Chance().new_id(), client_name="millpond up"
     )
     try:
         volume = (await client.call("volume.show", name=VOLUME_NAME))["volume"]
-        if volume["dirty_holder"] is None and volume["open_holder"] is None:
+        if not is_held(volume):
             return
         if not accept_loss:
             raise CommandError(
@@ -255,17 +254,7 @@ async def check_nothing_lost(place: Place, address: str, *, accept_loss: bool) -
                 " or lose them with --accept-loss",
                 exit_code=BUSY,
             )
-        opened = await client.call(
-            "volume.open",
-            id=volume["id"],
-            cache_id=ours.hex(),
-            lineage=chance.new_lineage(),
-            first_sequence=None,
-            expected_epoch=volume["epoch"],
-            accept_loss=True,
-        )
-        epoch = opened["volume"]["epoch"]
-        await client.call("volume.close", id=volume["id"], epoch=epoch, cache_id=ours.hex())
+        await release(client, volume)
     finally:
         await client.close()
 

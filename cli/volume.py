@@ -1,4 +1,4 @@
-"""`millpond volume`: create, list, show, resize, rename, delete, import, export, against one store.
+"""`millpond volume`: what can be done with the volumes of one store.
 
 The store is named by --store ADDRESS, by --dir DIR (its unix socket, DIR/store.sock), or by the
 environment variable MILLPOND_STORE.
@@ -18,6 +18,7 @@ from millpond.cli.output import (
     print_table,
     progress,
 )
+from millpond.cli.release import is_held, refusal, release
 from millpond.cli.run import USAGE, CommandError, run
 from millpond.store.catalogue import new_id
 from millpond.store.client import StoreClient
@@ -174,6 +175,29 @@ def rename(
     )["volume"]
     if json:
         print_json(volume)
+
+
+@app.command("release")
+def release_volume(
+    name: NameArgument,
+    store: StoreOption = None,
+    directory: DirOption = None,
+    accept_loss: Annotated[
+        bool,
+        typer.Option("--accept-loss", help="the cache that holds it is gone, with what it had"),
+    ] = False,
+) -> None:
+    """Take a volume away from a cache that is gone, so that others may open it."""
+
+    async def work(client: StoreClient) -> None:
+        volume = (await client.call("volume.show", name=name))["volume"]
+        if not is_held(volume):
+            return
+        if not accept_loss:
+            raise refusal(volume)
+        await release(client, volume)
+
+    call_store(store, directory, work)
 
 
 @app.command("delete")

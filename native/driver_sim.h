@@ -54,6 +54,8 @@ int mp_sim_socket(struct mp_sim *sim);               /* a new socket number for 
 int64_t mp_sim_socket_push(struct mp_sim *sim, int socket, const void *bytes, uint64_t length);
 /* from core; 0: nothing now; -EPIPE: nothing, and the core closed it */
 int64_t mp_sim_socket_pop(struct mp_sim *sim, int socket, void *out, uint64_t capacity);
+/* what was pushed and the core has not received */
+uint64_t mp_sim_socket_take_back(struct mp_sim *sim, int socket, void *out, uint64_t capacity);
 /* unread bytes before -EAGAIN */
 void mp_sim_socket_limit(struct mp_sim *sim, int socket, uint64_t bytes);
 void mp_sim_socket_hangup(struct mp_sim *sim, int socket);

@@ -221,6 +221,11 @@ int64_t mp_sim_socket_pop(struct mp_sim *sim, int socket, void *out, uint64_t ca
 	return (int64_t)take(&from->from_core, out, capacity);
 }
 
+uint64_t mp_sim_socket_take_back(struct mp_sim *sim, int socket, void *out, uint64_t capacity)
+{
+	return take(&find(sim, socket)->to_core, out, capacity);
+}
+
 void mp_sim_socket_limit(struct mp_sim *sim, int socket, uint64_t bytes)
 {
 	find(sim, socket)->limit_bytes = bytes;

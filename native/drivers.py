@@ -262,6 +262,13 @@ class Sim:
         got = check(lib.mp_sim_socket_pop(self._sim, socket, out, capacity_bytes))
         return bytes(ffi.buffer(out, got))
 
+    def take_back(self, socket: int) -> bytes:
+        """All that was pushed and that the core has not received."""
+        data = b""
+        while got := lib.mp_sim_socket_take_back(self._sim, socket, self._out, _POP_BYTES):
+            data += bytes(ffi.buffer(self._out, got))
+        return data
+
     def limit(self, socket: int, limit_bytes: int) -> None:
         """The core may have at most so many bytes unread by pop; then its send would block."""
         lib.mp_sim_socket_limit(self._sim, socket, limit_bytes)

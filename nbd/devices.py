@@ -19,6 +19,7 @@ Failure modes:
 import asyncio
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +28,15 @@ from types import ModuleType
 from typing import Any, Literal
 
 from millpond.cache.control import Handler, Request
-from millpond.cache.errors import AlreadyThere, CacheError, VolumeBusy, VolumeUnknown, escaped
+from millpond.cache.errors import (
+    AlreadyThere,
+    CacheError,
+    StoreAway,
+    UnderWay,
+    VolumeBusy,
+    VolumeUnknown,
+    escaped,
+)
 from millpond.cache.exports import DeviceExports, Export, ExportError, OpenExport
 from millpond.cache.handover import Kept
 from millpond.cache.tasks import Tasks
@@ -45,12 +54,19 @@ from millpond.nbd.limits import (
     UDEV_POLL_S,
     UDEV_WAIT_S,
 )
-from millpond.nbd.sysfs import Backend, Sysfs, exclusive, index_of, is_udev
+from millpond.nbd.sysfs import Backend, KernelDevice, Sysfs, exclusive, index_of, is_udev
 from millpond.nbd.worker import in_thread
 
 _log = logging.getLogger(__name__)
 
-_KINDS: dict[str, type[CacheError]] = {"unknown": VolumeUnknown, "busy": VolumeBusy}
+_KINDS: dict[str, type[CacheError]] = {
+    "unknown": VolumeUnknown,
+    "busy": VolumeBusy,
+    # Both pass: whoever asked tries again, and meets the store, or the next process.
+    "away": StoreAway,
+    "shutdown": StoreAway,
+}
+_ID = re.compile(r"[0-9a-f]{32}")
 
 Doing = Literal["attach", "detach", "force"]
 
@@ -75,50 +91,55 @@ class KernelDevices:
         self._keepers: dict[int, Keeper] = {}
         self._busy: set[tuple[bytes, Doing]] = set()  # volumes
         self._grower: asyncio.Task[None] | None = None
-        self._kept: dict[str, Kept] = {}  # by backend
         self._asking = asyncio.Lock()
         self._question: asyncio.Task[None] | None = None  # waits for its turn to be asked
 
     # -- the daemon's start and end
 
     def take(self, guests: Sequence[Kept]) -> Sequence[Kept]:
-        """Before start(): connections of devices among what the process before left; the others."""
-        ours = {each.tag: each for each in guests if Backend.parse(each.tag) is not None}
-        self._kept.update(ours)
-        return [each for each in guests if ours.get(each.tag) is not each]
+        """Before anything else: find the devices that an earlier process of this cache left.
+
+        guests: connections of the process before.  Those of devices are kept here; the others.
+        """
+        kept = {each.tag: each for each in guests if Backend.parse(each.tag) is not None}
+        others = [each for each in guests if kept.get(each.tag) is not each]
+        for device, backend in self._ours():
+            if not self._kernel.links.is_detached(device.index, backend):
+                keeper = Keeper(self._kernel, device, backend, backend.volume_id.hex())
+                keeper.kept = kept.pop(device.backend, None)
+                self._add(keeper)
+        for stranger in kept.values():  # its device is gone
+            os.close(stranger.fd)
+        return others
 
     async def start(self) -> None:
-        """Take up the devices that an earlier process of this cache left; waits a moment for them.
+        """Serve the devices that take() found; waits a moment for them.
 
         Whoever hears that the daemon is ready finds them served, unless a store is away.
         """
-        ours = [
-            (device, backend)
-            for device in self._kernel.sysfs.devices()
-            if (backend := Backend.parse(device.backend)) and backend.cache_id == self._cache_id
-        ]
+        ours = self._ours()
         if ours:
             # Imports belong to the start: after it, a guest would wait for them.
             await in_thread(self._kernel.netlink.load, "load-netlink")
-        for device, backend in ours:
-            if self._kernel.links.is_detached(device.index, backend):
-                continue
-            keeper = Keeper(self._kernel, device, backend, backend.volume_id.hex())
-            keeper.kept = self._kept.pop(device.backend, None)
-            self._add(keeper)
+        for keeper in self._keepers.values():
             keeper.keep()
         there = {(device.index, backend) for device, backend in ours}
         for index, backend in self._kernel.links.stale(self._cache_id):
             if (index, backend) not in there:
                 self._kernel.links.remove(index, backend)
-        for stranger in self._kept.values():  # its device is gone
-            os.close(stranger.fd)
-        self._kept.clear()
         for device, backend in ours:
             if device.index not in self._keepers:
                 await self._end_again(device.index, backend)
         if self._keepers:
             await self._wait_settled()
+
+    def _ours(self) -> "list[tuple[KernelDevice, Backend]]":
+        every = ((each, Backend.parse(each.backend)) for each in self._kernel.sysfs.devices())
+        return [
+            (device, backend)
+            for device, backend in every
+            if backend is not None and backend.cache_id == self._cache_id
+        ]
 
     async def _wait_settled(self) -> None:
         _log.info("taking up kernel devices count=%d", len(self._keepers))
@@ -147,7 +168,10 @@ class KernelDevices:
     async def attach(
         self, name: str, *, device: str = "", read_only: bool = False
     ) -> dict[str, Any]:
-        """Make a volume a block device; as list() describes it.  CacheError."""
+        """Make a volume a block device; as list() describes it.  CacheError.
+
+        name: or the volume's id, which its link is called when the name is too long for a file's.
+        """
         index = self._free_index(device) if device else None
         await self.refresh()  # a device of another volume may have had the name
         opened = await self._open(name)
@@ -169,8 +193,14 @@ class KernelDevices:
     async def _open(self, name: str) -> OpenExport:
         if not name:
             raise VolumeUnknown("name the volume to attach")
+        exports = self._kernel.exports
         try:
-            return await self._kernel.exports.open(name)
+            try:
+                return await exports.open(name)
+            except ExportError as error:
+                if error.code != "unknown" or not _ID.fullmatch(name):
+                    raise
+            return await exports.open_id(bytes.fromhex(name))
         except ExportError as error:
             raise _KINDS.get(error.code, CacheError)(error.message) from None
 
@@ -212,6 +242,9 @@ class KernelDevices:
     def _add(self, keeper: Keeper) -> None:
         keeper.gone = self._gone
         self._keepers[keeper.index] = keeper
+        self._kernel.exports.remember(
+            keeper.backend.volume_id, keeper, lambda: self._forsaken(keeper)
+        )
         if self._grower is None:
             self._grower = self._kernel.tasks.spawn(self._grow_for_ever(), "grow-kernel-devices")
 
@@ -318,7 +351,24 @@ class KernelDevices:
     def _gone(self, keeper: Keeper) -> None:
         self._kernel.tasks.spawn(self._forget(keeper), f"forget-{keeper.path}")
 
+    async def _forsaken(self, keeper: Keeper) -> None:
+        """Others have written to the volume: what is mounted here would write over it."""
+        _log.error(
+            "kernel device ended device=%s volume=%s reason=%s",
+            keeper.path,
+            escaped(keeper.name),
+            '"another host has written to the volume since; what is not written here is lost"',
+        )
+        try:
+            await self._detach_by_force(keeper)
+        except CacheError as error:  # whatever is wrong with it, we do not serve it
+            _log.error("%s stays, without us reason=%s", keeper.path, escaped(str(error)))
+            keeper.over = True
+            await keeper.pause()
+            await self._forget(keeper)
+
     async def _forget(self, keeper: Keeper) -> None:
+        self._kernel.exports.forget(keeper.backend.volume_id, keeper)
         try:
             if not await in_thread(keeper.unlink, f"unlink-nbd{keeper.index}"):
                 self._spawn_let_go(keeper.index, keeper.backend)
@@ -393,7 +443,7 @@ class KernelDevices:
         """One attach or detach of a volume at a time; force may come to the help of a detach."""
         beside = "detach" if doing == "force" else None
         if any(each == volume_id and work != beside for each, work in self._busy):
-            raise VolumeBusy(f"{label} is being attached or detached at the moment")
+            raise UnderWay(f"{label} is being attached or detached at the moment")
         self._busy.add((volume_id, doing))
         try:
             yield

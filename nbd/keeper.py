@@ -1,6 +1,6 @@
 """One kernel device of ours: a connection to the engine, and a new one whenever that ends.
 
-Happy path: `connect` (attach) or `adopt` (it is there already) -> served -> `end`.
+Happy path: `connect` (attach), or `keep` (it is there already) -> served -> `disconnect`.
 Failure modes: those of devices.py.  A device that cannot be served says why in `problem`.
 """
 
@@ -279,6 +279,9 @@ class Keeper:
         if device is None or device.backend != str(self.backend):
             raise _Gone
         opened = await kernel.exports.open_id(self.backend.volume_id)
+        if self.over:
+            await opened.release()
+            raise _Gone
         export = opened.export
         try:
             self._check(export, device)

@@ -47,6 +47,7 @@ _REFUSALS: Final[dict[str, RefusalCode]] = {
     "unknown": "unknown",
     "busy": "policy",  # the protocol has no word for it; the message says who holds it
     "policy": "policy",
+    "away": "platform",  # nor for this one: the message says that it may pass
     "platform": "platform",
     "shutdown": "shutdown",
 }
@@ -243,7 +244,7 @@ class _Negotiation:
                 return await call
         except TimeoutError:
             message = "the volume's store did not answer in time; try again"
-            raise ExportError("platform", message) from None
+            raise ExportError("away", message) from None
 
     async def _send(self) -> None:
         if output := self._handshake.take_output():

@@ -12,7 +12,7 @@ change them.  Everything runs on uvloop; a guest's blocking calls run in a threa
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +114,10 @@ class Cache:
         self._guests.append(guest)
         return guest
 
-    async def give_back(self) -> list[Kept]:
+    async def give_back(self) -> None:
         """As before a planned restart: its guests stay with their sockets."""
         self._guests.clear()
-        return await self.daemon.give_back()
+        await self.daemon.give_back()
 
     async def stop(self) -> None:
         for guest in self._guests:
@@ -221,6 +221,7 @@ class World:
         rates: RateLimits | None = None,
         through_wire: bool = True,
         engine: EngineOptions | None = None,
+        inherits: Sequence[Kept] = (),
     ) -> Cache:
         """Start the cache of this name; its device is formatted the first time."""
         device = self.directory / f"{name}.cache"
@@ -233,12 +234,17 @@ class World:
             engine=engine or EngineOptions(),
         )
         cache = Cache(await CacheDaemon.start(str(device), config), device)
+        for kept in inherits:
+            cache.daemon.inherit(kept)
+        cache.daemon.go()
         self.caches.append(cache)
         return cache
 
-    async def stop(self, cache: Cache) -> None:
+    async def stop(self, cache: Cache) -> list[Kept]:
+        """What a manager would keep for the next process."""
         self.caches.remove(cache)
         await cache.stop()
+        return cache.daemon.take_kept()
 
     async def client(self) -> StoreClient:
         return await self.store.client(Chance().new_id())

@@ -29,6 +29,7 @@ class PlayedCache:
         self.volumes: set[str] = set()
         self.devices: dict[str, dict[str, Any]] = {}  # volume -> what "devices" says of it
         self.refuse: dict[str, tuple[str, int]] = {}  # volume -> code, and how often
+        self.read_only = False  # all of it
         self.asked: list[dict[str, Any]] = []
         self.after_attach: Callable[[], None] = lambda: None  # before the answer
         played = self
@@ -90,32 +91,45 @@ class PlayedCache:
         self.after_attach()
         return answer
 
+    def _name(self, text: str) -> str:
+        """Of a volume that is named by its id."""
+        return next((name for name in self.volumes if text == id_of(name)), text)
+
     def _attach(self, request: dict[str, Any]) -> dict[str, Any]:
-        volume = request["volume"]
-        if volume in self.refuse:
-            code, times = self.refuse[volume]
-            if times > 1:
-                self.refuse[volume] = (code, times - 1)
-            else:
-                del self.refuse[volume]
+        volume = self._name(request["volume"])
+        if code := self._refused(volume):
             raise LookupError(code, f"volume {volume!r} cannot be attached")
         if volume not in self.volumes:
             raise LookupError("E_NOT_FOUND", f"no volume {volume!r}")
         if volume in self.devices:
             raise LookupError("E_EXISTS", f"volume {volume!r} is attached already")
-        device = request.get("device") or f"/dev/nbd{len(self.devices)}"
+        taken = {each["device"] for each in self.devices.values()}
+        device = request.get("device") or next(
+            path for number in range(100) if (path := f"/dev/nbd{number}") not in taken
+        )
+        if device in taken:
+            raise LookupError("E_BUSY", f"{device} is in use by another NBD client")
         self.devices[volume] = {
             "device": device,
             "volume": volume,
+            "id": id_of(volume),
             "link": f"/dev/millpond/{volume}",
-            "read_only": request.get("read_only", False),
+            "read_only": request.get("read_only", False) or self.read_only,
         }
-        return {"device": device, "link": f"/dev/millpond/{volume}"}
+        return dict(self.devices[volume])
 
     def _detach(self, request: dict[str, Any]) -> dict[str, Any]:
-        if request["volume"] not in self.devices:
-            raise LookupError("E_NOT_FOUND", f"volume {request['volume']!r} is not attached")
-        if request["volume"] in self.refuse:
-            raise LookupError("E_BUSY", f"volume {request['volume']!r} is mounted")
-        del self.devices[request["volume"]]
+        volume = self._name(request["volume"])
+        if volume not in self.devices:
+            raise LookupError("E_NOT_FOUND", f"volume {volume!r} is not attached")
+        if code := self._refused(volume):
+            raise LookupError(code, f"volume {volume!r} is mounted")
+        del self.devices[volume]
         return {}
+
+    def _refused(self, volume: str) -> str:
+        """The code to refuse it with this time, or nothing."""
+        code, times = self.refuse.pop(volume, ("", 0))
+        if times > 1:
+            self.refuse[volume] = (code, times - 1)
+        return code

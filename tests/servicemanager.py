@@ -9,6 +9,7 @@ A thread takes messages; descriptors are closed when they are forgotten, and wit
 """
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -40,6 +41,7 @@ class ServiceManager:
         self._sockets = sockets
         self._lock = threading.Lock()
         self._ready = threading.Event()
+        self._victim: subprocess.Popen[bytes] | None = None
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(self.address)
         self._thread = threading.Thread(target=self._hear_all, daemon=True)
@@ -62,6 +64,25 @@ class ServiceManager:
 
     def start(self, arguments: list[str], log: Path) -> "subprocess.Popen[bytes]":
         """A process of ours, once it says that it is ready."""
+        process = self._begin(arguments, log)
+        end = time.perf_counter() + READY_TIMEOUT_S
+        while not self._ready.wait(0.1):
+            if process.poll() is None and time.perf_counter() < end:
+                continue
+            process.kill()
+            process.wait()
+            raise AssertionError(f"it is not ready:\n{log.read_text()[-4000:]}")
+        return process
+
+    def start_and_kill(self, arguments: list[str], log: Path) -> None:
+        """A process of ours, killed when it has had its connections forgotten and used none."""
+        process = self._begin(arguments, log, dies=True)
+        process.wait(READY_TIMEOUT_S)
+        assert not self._ready.is_set() and process.returncode == -signal.SIGKILL
+
+    def _begin(
+        self, arguments: list[str], log: Path, *, dies: bool = False
+    ) -> "subprocess.Popen[bytes]":
         self._ready.clear()
         with self._lock:
             given = [(name, sock.fileno()) for name, sock in self._sockets.items()] + self.kept
@@ -69,7 +90,7 @@ class ServiceManager:
         command = [sys.executable, "-m", "millpond.cli.main", *arguments]
         head = [sys.executable, "-c", HANDED_OVER, str(len(given))]
         head += [":".join(name for name, _ in given), *map(str, numbers)]
-        with log.open("ab") as out:
+        with self._lock, log.open("ab") as out:
             process = subprocess.Popen(
                 head + command,
                 pass_fds=numbers,
@@ -78,13 +99,7 @@ class ServiceManager:
                 stderr=out,
                 env=os.environ | {"NOTIFY_SOCKET": self.address},
             )
-        end = time.perf_counter() + READY_TIMEOUT_S
-        while not self._ready.wait(0.1):
-            if process.poll() is None and time.perf_counter() < end:
-                continue
-            process.kill()
-            process.wait()
-            raise AssertionError(f"it is not ready:\n{log.read_text()[-4000:]}")
+            self._victim = process if dies else None
         return process
 
     def _hear_all(self) -> None:
@@ -95,6 +110,11 @@ class ServiceManager:
                 with self._lock:
                     self.kept += [(words["FDNAME"], number) for number in descriptors]
                 continue
+            with self._lock:
+                victim = self._victim if "BARRIER" in words else None
+            if victim is not None:
+                victim.kill()
+                victim.wait()
             for number in descriptors:  # BARRIER=1: what came before is done
                 os.close(number)
             if "FDSTOREREMOVE" in words:

@@ -1,31 +1,9 @@
-#!/bin/busybox sh
-# init.sh - the only program of the demo's guest.
+# init.sh - the only program of the demo's guest, behind prologue.sh.
 # Mounts the volume, checks every checksum on it, then (first boot) writes new files and syncs
 # them, or (second boot) checks those too. Speaks in lines "GUEST word key=value ..." on the
 # serial console; any failure is a line "GUEST failed ..." and the guest still powers off.
 
-busybox=/bin/busybox
-$busybox --install -s /bin
-export PATH=/bin
-
-say() { echo "GUEST $*"; }
-fail() { say "failed $*"; sync; poweroff -f; }
-
-mount -t proc proc /proc
-mount -t sysfs sysfs /sys
-mount -t devtmpfs devtmpfs /dev
-say "alive"
-case " $(cat /proc/cmdline) " in *" millpond.boot=probe "*) poweroff -f ;; esac
-while read -r module; do
-    insmod "/modules/$module" || fail "insmod $module"
-done < /modules/order
-
-tries=0
-until [ -b /dev/vda ]; do
-    tries=$((tries + 1))
-    [ $tries -lt 100 ] || fail "no /dev/vda"
-    usleep 100000
-done
+wait_for_disk
 say "kernel version=$(uname -r) disk_bytes=$(($(cat /sys/block/vda/size) * 512))"
 mount -t ext4 /dev/vda /mnt || fail "mount"
 cd /mnt || fail "cd"
@@ -38,7 +16,7 @@ verify() { # manifest, what
     say "verified what=$2 files=$(wc -l < "$1")"
 }
 
-case " $(cat /proc/cmdline) " in
+case "$arguments" in
 *" millpond.boot=first "*)
     verify SHA256SUMS image
     mkdir new || fail "mkdir"

@@ -1,4 +1,5 @@
-"""The guest's first file system: busybox, the modules for a virtio disk, and our init.
+"""The guest's first file system: busybox, the modules for a virtio disk, and our init: prologue.sh
+and the guest's own script behind it.
 
 Written here as a newc archive (Documentation/driver-api/early-userspace/buffer-format.rst
 of the kernel): needs neither root nor cpio. The order of the modules comes from the
@@ -16,6 +17,7 @@ from demo.kernel import Kernel
 
 WANTED = ("virtio_pci", "virtio_blk", "crc32c_generic", "ext4")
 BUSYBOX = Path("/bin/busybox")
+PROLOGUE = Path(__file__).with_name("prologue.sh")
 INIT = Path(__file__).with_name("init.sh")
 
 
@@ -79,7 +81,7 @@ def members(kernel: Kernel, wanted: Sequence[str], init: Path) -> Iterator[tuple
     for directory in ("bin", "dev", "proc", "sys", "mnt", "modules"):
         yield directory, 0o040755, b""
     yield "bin/busybox", 0o100755, BUSYBOX.read_bytes()
-    yield "init", 0o100755, init.read_bytes()
+    yield "init", 0o100755, PROLOGUE.read_bytes() + init.read_bytes()
     order = module_order(kernel, wanted)
     for module in order:
         yield f"modules/{file_name(module)}", 0o100644, content(module)

@@ -24,8 +24,8 @@ def notify() -> Outcome:
 
 @registry.line("tab", "map and unmap: idempotent, one line per failure, waits for cache and store")
 def tab() -> Outcome:
-    """Against a played cache; a real one is in `systemd`."""
-    return tests("tab", "tests/cli/test_tab.py", "tests/cli/test_map.py")
+    """Against a played cache, and a real one whose store comes late; a real kernel: `systemd`."""
+    return tests("tab", *(f"tests/cli/test_{name}.py" for name in ("tab", "map", "device")))
 
 
 @registry.line("libvirt", "the disk's XML passes virt-xml-validate; the hook with recorded XML")

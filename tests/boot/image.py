@@ -28,11 +28,13 @@ MIB = 1 << 20
 IMAGE_BYTES, VOLUME_BYTES, CACHE_BYTES = 3 << 30, 256 * MIB, 512 * MIB
 MOUNT = "/srv/data"
 # As README and the sample of the tab say it.
-OPTIONS = "_netdev,x-systemd.requires=millpond-map.service,x-systemd.device-timeout=10min"
+OPTIONS = "_netdev,x-systemd.after=millpond-map.service,x-systemd.device-timeout=10min"
 FSTAB = f"""\
 /dev/vda / ext4 errors=remount-ro 0 1
 /dev/millpond/data {MOUNT} ext4 {OPTIONS} 0 0
 """
+# The second cannot be attached: nothing but its own mount, which it has not, may suffer.
+TAB = "data -\ngone -\n"
 # Slower than the guest writes, so that its log is dirty when it is told to stop.
 CACHE = """\
 [cache]
@@ -113,7 +115,7 @@ def install(tree: Path) -> None:
 def settle(tree: Path) -> None:
     """What an operator says: settings, tab, fstab, and which units start."""
     settings = tree / "etc" / "millpond"
-    for name, text in (("cache.toml", CACHE), ("store.toml", STORE), ("tab", "data -\n")):
+    for name, text in (("cache.toml", CACHE), ("store.toml", STORE), ("tab", TAB)):
         (settings / name).write_text(text)
     (tree / "etc" / "fstab").write_text(FSTAB)
     (tree / "etc" / "hostname").write_text("pond\n")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cache_rig import MIB, SIZE_BYTES, VOLUME, World, frame_type, rig, run, until
-from millpond.cache import limits, volumes
+from millpond.cache import limits, opening
 from millpond.cache.exports import ExportError
 from millpond.cache.shaping import RateLimits
 from millpond.cache.status import status_of, volumes_of
@@ -216,7 +216,7 @@ def test_deliberate_fault_nobody_asks_whether_it_is_ours_is_found_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None]
 ) -> None:
     """Without the check a cache that was left behind shows its old writes over newer ones."""
-    monkeypatch.setattr(volumes, "check_still_ours", lambda record, known, cache_id: None)
+    monkeypatch.setattr(opening, "check_still_ours", lambda record, known, cache_id: None)
 
     async def scenario() -> None:
         async with rig(tmp_path) as world:
@@ -394,7 +394,7 @@ def test_an_open_whose_answer_got_lost_is_undone_when_nobody_tries_again(tmp_pat
             world.wire.to_cache = lose
             with pytest.raises(ExportError) as refused:
                 await cache.guest()
-            assert refused.value.code == "platform"
+            assert refused.value.code == "away"
             assert (await world.record())["open_holder"] == cache.id
             world.wire.to_cache = lambda frame: frame
             world.wire.heal()

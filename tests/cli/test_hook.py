@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controlserver import PlayedCache
+from controlserver import PlayedCache, id_of
 from millpond.cli.hook import Disk, disks_of, volume_of
 from millpond.cli.main import main
 from millpond.cli.run import BUSY, FAILED, NOT_FOUND, OK, UNREACHABLE, USAGE, CommandError
@@ -38,7 +38,8 @@ class Host:
         )
         millpond.chmod(0o755)
         self.script = directory / "50-millpond"
-        self.script.write_text(SCRIPT.read_text().replace("@COMMAND@", str(millpond)))
+        text = SCRIPT.read_text().replace("@COMMAND@", str(millpond))
+        self.script.write_text(text.replace("/run/millpond/guests", str(self.marks)))
         self.script.chmod(0o755)
 
     def call(
@@ -55,13 +56,13 @@ class Host:
         assert done.stdout == b"" and done.stderr.count(b"\n") <= 1
         return done
 
-    def within(self, guest: str, *operation: str) -> tuple[int, str]:
+    def within(self, guest: str, *operation: str, domain: bytes = b"") -> tuple[int, str]:
         """The same without the script and a process: code, and what came on stderr."""
         place = ["--control", str(self.cache.path), "--marks", str(self.marks)]
         trouble = io.StringIO()
         with pytest.MonkeyPatch.context() as patch, redirect_stderr(trouble):
-            domain = io.BytesIO((DOMAINS / "two-volumes.xml").read_bytes())
-            patch.setattr("sys.stdin", io.TextIOWrapper(domain))
+            domain = domain or (DOMAINS / "two-volumes.xml").read_bytes()
+            patch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(domain)))
             code = main(["hook", guest, *operation, *place])
         return code, trouble.getvalue()
 
@@ -125,6 +126,23 @@ def test_volumes_come_before_the_guest_and_go_after_it(host: Host) -> None:
     assert host.release("web") == OK, "again"
 
 
+def test_volume_whose_name_is_too_long_for_a_link(host: Host) -> None:
+    """The link, and so the guest's XML, has its id."""
+    name = "ü" * 120
+    host.cache.volumes.add(name)
+    link = link_name(name, bytes.fromhex(id_of(name)))
+    domain = (
+        f"<domain><devices><disk><source dev='/dev/millpond/{link}'/></disk></devices></domain>"
+    )
+    assert host.within("long", "prepare", "begin", "-", domain=domain.encode()) == (OK, "")
+    assert set(host.cache.devices) == {name}
+    assert host.within("copy", "prepare", "begin", "-", domain=domain.encode()) == (OK, "")
+    assert host.cache.ops("attach") == [id_of(name)]
+    assert host.release("copy") == OK and set(host.cache.devices) == {name}
+    assert host.release("long") == OK
+    assert host.cache.devices == {}
+
+
 def test_guest_without_a_volume_and_other_operations_ask_nobody(host: Host) -> None:
     for operation in (("prepare", "begin", "-"), ("release", "end", "-")):
         assert host.call("plain", *operation, domain="no-volume").returncode == OK
@@ -158,12 +176,73 @@ def test_what_the_operator_attached_stays(host: Host) -> None:
     assert set(host.cache.devices) == {ROOT}
 
 
-def test_device_in_use_is_told_and_the_others_go(host: Host) -> None:
+def test_device_that_is_looked_at_for_a_moment_is_waited_for(host: Host) -> None:
     assert host.prepare("web") == OK
-    host.cache.refuse[ROOT] = ("E_BUSY", 10)
+    host.cache.refuse[ROOT] = ("E_BUSY", 2)
+    assert host.release("web") == OK
+    assert host.cache.devices == {} and host.cache.ops("detach").count(ROOT) == 3
+
+
+def test_device_in_use_is_told_and_the_others_go(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its mark stays, so that the next release finds it."""
+    monkeypatch.setattr("millpond.cli.hook.TRY_AGAIN_S", 1.2)
+    assert host.prepare("web") == OK
+    host.cache.refuse[ROOT] = ("E_BUSY", 10_000)
     code, trouble = host.within("web", "release", "end", "destroyed")
     assert code == BUSY and "'web-root' is mounted" in trouble
     assert set(host.cache.devices) == {ROOT}
+    host.cache.refuse.clear()
+    assert host.release("web") == OK
+    assert host.cache.devices == {}
+
+
+def test_disk_that_was_unplugged_goes_with_its_guest(host: Host) -> None:
+    """The XML at release does not name it any more; other guests' ends are not its own."""
+    assert host.call("web", "prepare", "begin", "-").returncode == OK
+    for guest, left in (("plain", {ROOT, SHARED}), ("web", set())):
+        done = host.call(guest, "release", "end", "shutdown", domain="no-volume")
+        assert done.returncode == OK and set(host.cache.devices) == left
+    asked = len(host.cache.asked)
+    assert host.call("plain", "release", "end", "-", domain="no-volume").returncode == OK
+    assert len(host.cache.asked) == asked, "without a mark nobody is asked"
+
+
+def test_hook_that_dies_while_it_attaches_leaves_no_device_behind(host: Host) -> None:
+    """Or the answer is lost: the cache has attached, and nobody was told."""
+
+    def die() -> None:
+        raise OSError("the hook is killed")
+
+    host.cache.after_attach = die
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("millpond.cli.hook.TRY_AGAIN_S", 0.0)
+        patch.setattr("millpond.cli.map.attached", lambda control, volume: nobody())
+        assert host.prepare("web") == UNREACHABLE
+    assert set(host.cache.devices) == {ROOT}
+    host.cache.after_attach = lambda: None
+    assert host.release("web") == OK
+    assert host.cache.devices == {}
+
+
+async def nobody() -> None:
+    """What a hook that was killed hears of its device."""
+
+
+def test_device_that_is_read_only_is_no_disk_for_a_guest_that_writes(host: Host) -> None:
+    host.cache.answer({"op": "attach", "volume": SHARED, "read_only": True})
+    assert host.prepare("web") == OK, "read-only for the guest, too"
+    assert host.release("web") == OK
+    host.cache.answer({"op": "attach", "volume": ROOT, "read_only": True})
+    code, trouble = host.within("web", "prepare", "begin", "-")
+    assert code == BUSY and "'web-root' is attached read-only as /dev/nbd" in trouble
+    host.cache.answer({"op": "detach", "volume": ROOT})
+    host.cache.read_only = True
+    code, trouble = host.within("web", "prepare", "begin", "-")
+    assert code == BUSY and "read-only" in trouble, "all of the cache"
+    assert host.release("web") == OK
+    assert set(host.cache.devices) == {SHARED}, "the operator's"
 
 
 def test_cache_that_is_away_for_a_moment_is_waited_for(host: Host) -> None:

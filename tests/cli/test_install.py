@@ -29,11 +29,13 @@ def python(tmp_path: Path) -> Path:
     return path
 
 
-def make(target: str, destination: Path, python: Path) -> "subprocess.CompletedProcess[str]":
+def make(
+    target: str, destination: Path, python: Path, prefix: str = "/usr"
+) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [
             *("make", "-s", "-C", str(ROOT), target, f"PYTHON={python}", f"DESTDIR={destination}"),
-            *("PREFIX=/usr", "-o", ".run/build.packages"),
+            *(f"PREFIX={prefix}", "-o", ".run/build.packages"),
         ],
         capture_output=True,
         text=True,
@@ -56,14 +58,15 @@ def test_install_and_uninstall_leave_nothing(tmp_path: Path, python: Path) -> No
     units = root / "usr/lib/systemd/system"
     assert {path.name for path in units.iterdir()} == {
         *("millpond-store.service", "millpond-cache.service", "millpond-cache.socket"),
-        *("millpond-map.service", "millpond-vhost-user@.service"),
+        *("millpond-map.service", "millpond-unmap.service", "millpond-vhost-user@.service"),
     }
     cache = (units / "millpond-cache.service").read_text()
     assert "ExecStart=/usr/bin/millpond cache serve\n" in cache
     assert (root / "usr/lib/sysusers.d/millpond.conf").exists()
     assert (root / "usr/lib/udev/rules.d/60-millpond.rules").exists()
     hook = root / "etc/libvirt/hooks/qemu.d/50-millpond"
-    assert os.access(hook, os.X_OK) and '| /usr/bin/millpond hook "$@"' in hook.read_text()
+    assert os.access(hook, os.X_OK)
+    assert '| /usr/bin/env /usr/bin/millpond hook "$@"' in hook.read_text(), "AppArmor"
     assert "# web1 " in (root / "etc/millpond/tab").read_text()
     assert make("install", root, python).returncode == 0, "again, as an upgrade does"
     assert make("uninstall", root, python).returncode == 0
@@ -90,6 +93,31 @@ def test_settings_that_were_edited_and_data_stay(tmp_path: Path, python: Path) -
         "usr/lib/systemd/system/of-others.service",
         "var/lib/millpond/cache",
     }
+
+
+def test_upgrade_replaces_what_nobody_has_edited(tmp_path: Path, python: Path) -> None:
+    root = tmp_path / "root"
+    assert make("install", root, python).returncode == 0
+    (root / "etc/millpond/store.toml").write_text("edited\n")
+    hook = root / "etc/libvirt/hooks/qemu.d/50-millpond"
+    older = hook.read_text().replace("/usr/bin/env ", "")
+    for path in (hook, root / "usr/lib/millpond/50-millpond"):  # as the version before made it
+        path.write_text(older)
+    python.write_text(PLAYED.replace("sample of", "newer sample of"))
+    assert make("install", root, python).returncode == 0
+    assert (root / "etc/millpond/cache.toml").read_text() == "# newer sample of cache\n"
+    assert (root / "etc/millpond/store.toml").read_text() == "edited\n"
+    assert "/usr/bin/env " in hook.read_text() and os.access(hook, os.X_OK)
+    removed = make("uninstall", root, python)
+    assert removed.stdout.count("was edited and stays") == 1
+    assert tree(root) == {"etc/millpond/store.toml"}
+
+
+def test_prefix_where_systemd_does_not_look_is_told(tmp_path: Path, python: Path) -> None:
+    for prefix, told in (("/usr", False), ("/usr/local", False), ("/opt/pond", True)):
+        done = make("install", tmp_path / prefix[1:], python, prefix)
+        assert done.returncode == 0
+        assert (f"do not look below {prefix}" in done.stdout) is told
 
 
 def test_what_is_not_ours_is_refused(tmp_path: Path, python: Path) -> None:

@@ -10,8 +10,9 @@ import pytest
 
 from controlserver import PlayedCache
 from millpond.cli.main import main
-from millpond.cli.run import BUSY, FAILED, NOT_FOUND, OK, UNREACHABLE, USAGE
+from millpond.cli.run import BUSY, EXISTS, FAILED, NOT_FOUND, OK, UNREACHABLE, USAGE
 from millpondprocess import Millpond
+from torture.daemons import Pair
 
 
 class Place:
@@ -96,6 +97,18 @@ def test_store_that_is_away_is_tried_again_and_holds_up_no_other(place: Place) -
     assert place.cache.ops("attach")[-1] == "web1", "web2 did not wait for it"
 
 
+def test_device_that_the_tab_names_is_not_taken_by_who_takes_any(place: Place) -> None:
+    """However late its line is; and when its store is away, it holds up nobody."""
+    names = [f"any{number}" for number in range(12)]
+    place.cache.volumes |= {*names, "first", "late"}
+    named = "first device=/dev/nbd0\nlate device=/dev/nbd1\n"
+    place.tab.write_text("".join(f"{name}\n" for name in names) + named)
+    place.cache.refuse["late"] = ("E_UNREACHABLE", 2)
+    assert place.run("map", "--all", "--timeout", "5s") == BUSY, "late came too late"
+    assert place.cache.devices["first"]["device"] == "/dev/nbd0"
+    assert set(place.cache.devices) == {*names, "first"}
+
+
 def test_waiting_ends(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     place.cache.refuse["web1"] = ("E_UNREACHABLE", 10_000)
     begin = time.perf_counter()
@@ -143,11 +156,11 @@ def test_what_is_attached_otherwise_is_said_not_changed(
     place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place.cache.answer({"op": "attach", "volume": "web2", "device": "/dev/nbd3"})
-    assert place.run("map", "web2") == BUSY
-    assert "attached as /dev/nbd3, the tab says /dev/nbd7" in capsys.readouterr().err
+    assert place.run("map", "web2") == EXISTS
+    assert "attached already as /dev/nbd3, not as /dev/nbd7" in capsys.readouterr().err
     place.tab.write_text("web2 read-only\n")
-    assert place.run("map", "web2") == BUSY
-    assert "for writing, the tab says read-only" in capsys.readouterr().err
+    assert place.run("map", "web2") == EXISTS
+    assert "as /dev/nbd3, for writing, not read-only" in capsys.readouterr().err
 
 
 def test_device_in_use_is_not_detached(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,6 +185,46 @@ def test_empty_tab_asks_nobody(tmp_path: Path) -> None:
     (tmp_path / "tab").write_text("# nothing\n")
     arguments = ["--tab", str(tmp_path / "tab"), "--control", str(tmp_path / "none")]
     assert main(["map", "--all", *arguments]) == OK
+
+
+def test_attach_of_the_attempt_before_is_waited_for(place: Place) -> None:
+    """It took longer than the asker waited, and is still at work in the daemon."""
+    place.cache.refuse["web1"] = ("E_UNDER_WAY", 2)
+    assert place.run("map", "web1") == OK
+    assert place.cache.ops("attach") == ["web1"] * 3
+
+
+def test_long_waiting_is_told_once(
+    place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("millpond.cli.map.PATIENCE_S", 0.4)
+    place.cache.refuse["web1"] = ("E_UNREACHABLE", 4)
+    assert place.run("map", "web1") == OK
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith("millpond: volume 'web1' cannot be attached; trying again for 599 s")
+
+
+def test_real_store_that_comes_late_is_waited_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What attaching says then is this machine's business: most have no module, or no right."""
+    (tmp_path / "tab").write_text("disk\n")
+    with Pair(tmp_path, {"disk": 64 << 20}) as pair:
+        arguments = ["--tab", str(tmp_path / "tab"), "--control", str(pair.control)]
+        pair.store.stop()
+        begin = time.perf_counter()
+        assert main(["map", "--all", "--timeout", "2s", *arguments]) == UNREACHABLE
+        assert time.perf_counter() - begin > 1, "it was tried again"
+        assert "volume disk: cannot reach the store" in capsys.readouterr().err
+        assert main(["attach", "disk", "--control", str(pair.control)]) == UNREACHABLE
+        assert "volume disk: cannot reach the store" in capsys.readouterr().err
+        timer = threading.Timer(1.5, pair.store.start)
+        timer.start()
+        code = main(["map", "--all", *arguments])
+        timer.join()
+        said = capsys.readouterr().err
+        assert code != UNREACHABLE and "cannot reach the store" not in said, said
+        assert main(["unmap", "--all", *arguments]) == OK
 
 
 def test_real_cache_understands_what_is_asked(tmp_path: Path) -> None:

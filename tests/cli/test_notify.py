@@ -3,11 +3,13 @@
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -82,10 +84,29 @@ def test_states_are_one_message_each(manager: Manager) -> None:
     notifier = notifier_of(manager)
     notifier.ready("serving\nREADY=0")
     assert manager.hear() == "READY=1\nSTATUS=serving\\nREADY=0", "text cannot become a state"
-    notifier.status("recovering")
-    assert manager.hear() == "STATUS=recovering"
     notifier.stopping()
     assert manager.hear() == "STOPPING=1"
+
+
+def test_manager_answers_a_process_with_many_descriptors(manager: Manager) -> None:
+    """As one that has taken a thousand connections."""
+    many = [os.open("/dev/null", os.O_RDONLY)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+    try:
+        many += [os.dup(many[0]) for _ in range(1100)]
+        notifier = notifier_of(manager)
+        assert max(many) > 1024
+        with ThreadPoolExecutor(1) as pool:
+            settled = pool.submit(notifier.settled)
+            data, barrier, _, _ = socket.recv_fds(manager.socket, 100, 4)
+            assert data == b"BARRIER=1"
+            os.close(*barrier)
+            assert settled.result()
+    finally:
+        for each in many:
+            os.close(each)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_abstract_address_of_the_manager() -> None:

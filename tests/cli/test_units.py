@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from millpond.cli.notify import DESCRIPTORS_MAX
+from millpond.nbd.limits import NbdLimits
+
 SYSTEM = Path(__file__).resolve().parents[2] / "cli" / "system"
 UNITS = sorted([*SYSTEM.glob("*.service"), *SYSTEM.glob("*.socket")])
 SERVICES = [path.name for path in UNITS if path.suffix == ".service"]
@@ -70,7 +73,7 @@ def test_exposure_is_bounded(
     record_property("figure", f"{name} {found[1]}")
 
 
-@pytest.mark.parametrize("name", ["millpond-cache.service", "millpond-map.service"])
+@pytest.mark.parametrize("name", [f"millpond-{name}.service" for name in ("cache", "map", "unmap")])
 def test_guests_and_their_file_systems_come_later_and_go_first(name: str) -> None:
     later = set(unit(name)["Unit"]["Before"].split())
     assert later >= {
@@ -87,6 +90,24 @@ def test_restart_of_the_cache_leaves_devices_where_they_are() -> None:
     assert "millpond-cache.service" in section["After"]
 
 
+def test_what_was_attached_is_detached_also_when_the_unit_of_map_has_failed() -> None:
+    """One volume of the tab is missing: ExecStop= of a unit that failed to start is never run, and
+    ExecStopPost= is run at once, before anything is mounted."""
+    attaching, detaching = unit("millpond-map.service"), unit("millpond-unmap.service")
+    assert not [key for key in attaching["Service"] if key.startswith("ExecStop")]
+    assert detaching["Service"]["ExecStop"] == "@COMMAND@ unmap --all"
+    assert detaching["Service"]["RemainAfterExit"] == "yes"
+    assert detaching["Unit"]["PartOf"] == "millpond-map.service"
+    for key in ("Wants", "After"):
+        assert "millpond-unmap.service" in attaching["Unit"][key]
+
+
+def test_mount_outlives_a_volume_of_another() -> None:
+    for name in ("tab", "millpond-map.service"):
+        text = (SYSTEM / name).read_text()
+        assert "x-systemd.after=millpond-map.service" in text and "systemd.requires=" not in text
+
+
 def test_cache_waits_for_nothing_that_it_serves() -> None:
     service = unit("millpond-cache.service")["Service"]
     assert service["OOMScoreAdjust"] == "-1000" and service["LimitMEMLOCK"] == "infinity"
@@ -99,6 +120,18 @@ def test_socket_outlives_the_daemon_and_is_found_by_its_name() -> None:
     assert unit("millpond-cache.socket")["Socket"]["FileDescriptorName"] == "nbd"
     assert "millpond-cache.socket" in unit("millpond-cache.service")["Unit"]["Requires"]
     assert unit("millpond-cache.service")["Service"]["RuntimeDirectoryPreserve"] == "yes"
+
+
+def test_manager_keeps_all_connections_that_guests_may_have() -> None:
+    service = unit("millpond-cache.service")["Service"]
+    kept, files = int(service["FileDescriptorStoreMax"]), int(service["LimitNOFILE"])
+    assert NbdLimits().connections_max + 1 < kept, "and a description, and kernel devices"
+    assert kept < DESCRIPTORS_MAX <= files
+
+
+def test_stop_over_vhost_user_does_not_wait_for_a_cache_that_is_away() -> None:
+    """As qemu-storage-daemon does, for all of its reconnect-delay."""
+    assert unit("millpond-vhost-user@.service")["Service"]["TimeoutStopSec"] == "30s"
 
 
 def test_store_is_nobody_special() -> None:

@@ -188,7 +188,6 @@ def test_status_tells_what_the_cache_does(directory: Path) -> None:
         table = millpond("status", "--dir", str(directory))
         assert table.returncode == 0 and "disk" in table.stdout and "average 1M/s" in table.stdout
     fails(millpond("status", "--dir", str(directory)), 6, "no cache answers")
-    fails(millpond("status"), 2, "either --dir DIR or --control")
 
 
 def test_the_volume_is_listed_by_the_store_in_the_same_directory(directory: Path) -> None:

@@ -1,5 +1,6 @@
 """The `millpond` command against a real daemon: output, exit codes, one-line errors."""
 
+import asyncio
 import json
 import os
 import random
@@ -14,6 +15,7 @@ import pytest
 
 from millpond.cli.output import format_size, parse_size
 from millpond.cli.run import CommandError
+from millpond.store.client import StoreClient
 
 COMMAND = [sys.executable, "-c", "import sys; from millpond.cli.main import main; sys.exit(main())"]
 
@@ -86,6 +88,41 @@ def test_life_of_a_volume(store: str, tmp_path: Path) -> None:
     fails(millpond("volume", "delete", "vm1", *at), 3, "no volume named 'vm1'")
     assert millpond("volume", "delete", "vm1", "--missing-ok", *at).returncode == 0
     fails(millpond("volume", "show", "vm1", *at), 3, "'vm1'")
+
+
+def test_volume_of_a_cache_that_is_gone_is_released_only_with_the_operators_word(
+    store: str,
+) -> None:
+    millpond("volume", "create", "web", "1GiB", "--dir", store)
+    assert millpond("volume", "release", "web", "--dir", store).returncode == 0, "nobody holds it"
+    gone = b"g" * 16
+
+    async def hold() -> None:
+        address = f"unix:{store}/store.sock"
+        client = await StoreClient.connect(address, client_id=gone, client_name="gone")
+        opened = await client.call(
+            "volume.open",
+            id=(await client.call("volume.show", name="web"))["volume"]["id"],
+            cache_id=gone.hex(),
+            lineage=7,
+            first_sequence=None,
+            expected_epoch=0,
+            accept_loss=False,
+        )
+        volume = opened["volume"]
+        await client.call("volume.dirty", id=volume["id"], epoch=1, cache_id=gone.hex(), dirty=True)
+        await client.close()
+
+    asyncio.run(hold())
+    refused = millpond("volume", "release", "web", "--dir", store)
+    fails(refused, 5, f"open at cache {gone.hex()}, which may hold writes")
+    assert "--accept-loss" in refused.stderr
+    done = millpond("volume", "release", "web", "--accept-loss", "--dir", store)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    shown = json.loads(millpond("volume", "show", "web", "--json", "--dir", store).stdout)
+    assert shown["open_holder"] is shown["dirty_holder"] is None
+    assert shown["epoch"] == 2, "whoever held it is fenced"
+    fails(millpond("volume", "release", "nope", "--dir", store), 3, "no volume")
 
 
 def test_import_and_export_round_trip(store: str, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from urllib.parse import unquote
 import pytest
 
 import nbdclient
+from millpond.nbd.limits import DEAD_TIMEOUT_S
 from millpond.nbd.wire import Command
 from millpondprocess import Millpond
 from nbdrelay import NbdRelay
@@ -69,8 +70,13 @@ def place(tmp_path: Path) -> Iterator[tuple[Path, Millpond]]:
 
 def test_unit_leaves_no_way_to_ignore_a_flush() -> None:
     command = " ".join(recipe(Path("/nbd"), Path("/vhost")))
-    for word in ("cache.no-flush=off", "writethrough=on", "reconnect-delay=60", "discard=unmap"):
+    for word in ("cache.no-flush=off", "writethrough=on", "discard=unmap"):
         assert word in command
+
+
+def test_guest_waits_for_the_cache_as_long_as_one_on_a_kernel_device() -> None:
+    command = " ".join(recipe(Path("/nbd"), Path("/vhost")))
+    assert f"reconnect-delay={DEAD_TIMEOUT_S}," in command
 
 
 def test_flush_and_trim_reach_the_cache(place: tuple[Path, Millpond], tmp_path: Path) -> None:

@@ -1,23 +1,8 @@
-#!/bin/busybox sh
-# init.sh - the first program of a guest that runs a script of this checkout.
+# init.sh - the first program of a guest that runs a script of this checkout, behind prologue.sh.
 # The host's root, read-only over 9p, is the guest's root, with RAM over it for what is written;
 # /dev/vda is a scratch disk. The command is the kernel's argument millpond.run, the checkout's
 # place is millpond.root. The last line is "GUEST ended code=N"; then the guest powers off.
-# Modules that are not loaded here (/modules/later) are for the script: /run/modules.
-
-busybox=/bin/busybox
-$busybox --install -s /bin
-export PATH=/bin
-
-fail() { echo "GUEST failed $*"; poweroff -f; }
-
-mount -t proc proc /proc
-mount -t sysfs sysfs /sys
-mount -t devtmpfs devtmpfs /dev
-while read -r module; do
-    case " $(cat /proc/cmdline) " in *" millpond.later=${module%.ko} "*) continue ;; esac
-    insmod "/modules/$module" || fail "insmod $module"
-done < /modules/order
+# Modules that are not loaded here (millpond.later=NAME) are for the script: /run/modules.
 
 mkdir -p /lower /ram /host
 mount -t 9p -o trans=virtio,version=9p2000.L,ro,cache=loose,msize=512000 host /lower || fail "9p"
@@ -35,7 +20,7 @@ ip link set lo up
 for word in $(cat /host/proc/cmdline); do
     case "$word" in
     millpond.run=*) run=${word#millpond.run=} ;;
-    millpond.argument=*) arguments="$arguments ${word#millpond.argument=}" ;;
+    millpond.argument=*) words="$words ${word#millpond.argument=}" ;;
     millpond.root=*) root=${word#millpond.root=} ;;
     esac
 done
@@ -45,7 +30,7 @@ chroot /host /bin/sh -c "
     export PATH=$root/.venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
     export HOME=/run TMPDIR=/run/tmp PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1
     export PYTHONPATH=$root/tests PYTHONUNBUFFERED=1 LANG=C.UTF-8
-    cd / && exec $root/.venv/bin/python $root/tests/kernel/inside/$run $arguments
+    cd / && exec $root/.venv/bin/python $root/tests/kernel/inside/$run $words
 "
-echo "GUEST ended code=$?"
+say "ended code=$?"
 poweroff -f

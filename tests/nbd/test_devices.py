@@ -19,7 +19,15 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from millpond.cache.errors import AlreadyThere, CacheError, NotPermitted, VolumeBusy, VolumeUnknown
+from millpond.cache.errors import (
+    AlreadyThere,
+    CacheError,
+    NotPermitted,
+    StoreAway,
+    UnderWay,
+    VolumeBusy,
+    VolumeUnknown,
+)
 from millpond.cache.exports import NOBODY, Agreed, Export, ExportError, Owner
 from millpond.cache.handover import Kept
 from millpond.cache.tasks import Tasks
@@ -161,6 +169,7 @@ class PlayedExports:
         self.export = Export("disk", SIZE, False, "", VOLUME)
         self.others: list[Export] = []
         self.refusal: ExportError | None = None
+        self.written_by_others = False
         self.done = asyncio.Event()  # the engine, with what a connection that ended asked for
         self.done.set()
         self.silent = False  # a store does not answer
@@ -168,6 +177,15 @@ class PlayedExports:
         self.agreed: list[Agreed] = []
         self.received: list[bytes] = []
         self.opened = self.released = 0
+        self.continuing: dict[object, Callable[[], Awaitable[None]]] = {}
+
+    def remember(
+        self, volume_id: bytes, who: object, forsaken: Callable[[], Awaitable[None]]
+    ) -> None:
+        self.continuing[who] = forsaken
+
+    def forget(self, volume_id: bytes, who: object) -> None:
+        self.continuing.pop(who, None)
 
     @property
     def every(self) -> list[Export]:
@@ -189,6 +207,8 @@ class PlayedExports:
         (export,) = (each for each in self.every if each.volume_id == volume_id)
         if self.refusal is not None:
             raise self.refusal
+        if self.written_by_others:  # a task of its own: who asks may be ended by it
+            await asyncio.shield(asyncio.gather(*(each() for each in self.continuing.values())))
         self.opened += 1
         return PlayedExport(self, export)
 
@@ -209,6 +229,12 @@ class Stage:
         self.root = root
         self.devices = self.another()
         self.links = root / "dev" / "millpond"
+
+    async def start(self, guests: Sequence[Kept] = ()) -> Sequence[Kept]:
+        """As a daemon does; what is not for devices."""
+        others = self.devices.take(guests)
+        await self.devices.start()
+        return others
 
     def another(self) -> KernelDevices:
         """The devices as a new process sees them."""
@@ -263,12 +289,55 @@ def test_attached_then_detached_and_nothing_is_left(tmp_path: Path) -> None:
     play(tmp_path, scenario)
 
 
+@pytest.mark.parametrize(
+    ("refusal", "kind"),
+    [("away", StoreAway), ("shutdown", StoreAway), ("busy", VolumeBusy), ("platform", CacheError)],
+)
+def test_refusal_says_whether_waiting_helps(
+    tmp_path: Path, refusal: Any, kind: type[CacheError]
+) -> None:
+    async def scenario(stage: Stage) -> None:
+        stage.exports.refusal = ExportError(refusal, "volume disk: no")
+        with pytest.raises(CacheError, match="volume disk: no") as caught:
+            await stage.devices.attach("disk")
+        assert type(caught.value) is kind
+
+    play(tmp_path, scenario)
+
+
+def test_attach_beside_another_of_the_same_volume_is_under_way(tmp_path: Path) -> None:
+    async def scenario(stage: Stage) -> None:
+        first = asyncio.ensure_future(stage.devices.attach("disk"))
+        await asyncio.sleep(0)
+        with pytest.raises(UnderWay, match="at the moment"):
+            await stage.devices.attach("disk")
+        await first
+
+    play(tmp_path, scenario)
+
+
+def test_volume_is_attached_by_its_id_too_and_only_once(tmp_path: Path) -> None:
+    async def scenario(stage: Stage) -> None:
+        by_id = asyncio.ensure_future(stage.devices.attach(VOLUME.hex()))
+        await asyncio.sleep(0)
+        with pytest.raises(UnderWay, match="volume disk"):
+            await stage.devices.attach("disk")
+        assert (await by_id)["volume"] == "disk" and stage.exports.released == 1
+        with pytest.raises(AlreadyThere):
+            await stage.devices.attach(VOLUME.hex())
+        for other in (THEIRS.hex()[1:], VOLUME.hex() + "0", "g" * 32):
+            with pytest.raises(VolumeUnknown):
+                await stage.devices.attach(other)
+
+    play(tmp_path, scenario)
+
+
 def test_device_of_another_cache_and_of_a_stranger_are_left_alone(tmp_path: Path) -> None:
     async def scenario(stage: Stage) -> None:
         stage.kernel.plug(0, str(Backend(THEIRS, VOLUME)))
         stage.kernel.plug(1, "")
         stage.kernel.plug(2, f"millpond/{OURS.hex()}")
-        await stage.devices.start()
+        await stage.start()
         assert stage.devices.list() == [] and stage.exports.opened == 0
         for index in range(3):
             with pytest.raises(VolumeBusy, match="in use"):
@@ -281,7 +350,7 @@ def test_device_of_another_cache_and_of_a_stranger_are_left_alone(tmp_path: Path
 def test_our_device_is_taken_up_at_the_start(tmp_path: Path) -> None:
     async def scenario(stage: Stage) -> None:
         stage.kernel.plug(3, str(Backend(OURS, VOLUME)), ro=1)
-        await stage.devices.start()
+        await stage.start()
         (found,) = stage.devices.list()
         assert found["device"] == "/dev/nbd3" and found["served"] and found["read_only"]
         assert stage.exports.agreed == [Agreed(read_only=True)]
@@ -304,8 +373,7 @@ def test_device_goes_on_with_the_connection_of_the_process_before(tmp_path: Path
         stage.kernel.plug(0, str(backend))
         ours, kernels = kept(backend, received=b"half a request")
         stranger = Kept(7, VOLUME, Agreed(), b"")
-        assert stage.devices.take([stranger, ours]) == [stranger]
-        await stage.devices.start()
+        assert await stage.start([stranger, ours]) == [stranger]
         (found,) = stage.devices.list()
         assert found["served"] and found["volume"] == "disk"
         assert (stage.exports.received, stage.exports.agreed) == (
@@ -324,10 +392,9 @@ def test_connection_that_could_not_go_on_is_passed_on_again(tmp_path: Path) -> N
     async def scenario(stage: Stage) -> None:
         backend = Backend(OURS, VOLUME)
         stage.kernel.plug(0, str(backend))
-        stage.exports.refusal = ExportError("platform", "the store is away")
+        stage.exports.refusal = ExportError("away", "the store is away")
         ours, kernels = kept(backend)
-        stage.devices.take([ours])
-        await stage.devices.start()
+        await stage.start([ours])
         assert await stage.devices.close() == [ours]
         kernels.close()
         os.close(ours.fd)
@@ -338,10 +405,44 @@ def test_connection_that_could_not_go_on_is_passed_on_again(tmp_path: Path) -> N
 def test_connection_of_a_device_that_is_gone_is_closed(tmp_path: Path) -> None:
     async def scenario(stage: Stage) -> None:
         ours, kernels = kept(Backend(OURS, VOLUME))
-        assert not stage.devices.take([ours])
-        await stage.devices.start()
+        assert not await stage.start([ours])
         with kernels:
             assert kernels.recv(1) == b""
+
+    play(tmp_path, scenario)
+
+
+@pytest.mark.expects_warnings
+@pytest.mark.parametrize("keeps", [False, True], ids=["crash", "planned"])
+def test_device_whose_volume_others_have_written_is_ended(tmp_path: Path, keeps: bool) -> None:
+    """Whoever has it mounted would write what it remembers over what they have written."""
+
+    async def scenario(stage: Stage) -> None:
+        backend = Backend(OURS, VOLUME)
+        stage.kernel.plug(0, str(backend))
+        ours, kernels = kept(backend)
+        if not keeps:
+            os.close(ours.fd)
+        stage.exports.written_by_others = True
+        await stage.start([ours] if keeps else [])
+        await until(lambda: stage.devices.list() == [])
+        assert not stage.exports.continuing
+        assert stage.kernel.marked, "a crash meanwhile does not bring it back"
+        assert not (tmp_path / "sys" / "block" / "nbd0" / "pid").exists(), "disconnected"
+        assert stage.exports.opened == stage.exports.released, "nothing is served"
+        with kernels:
+            assert kernels.recv(1) == b""
+        await asyncio.gather(*stage.exports.serving)
+
+    play(tmp_path, scenario)
+
+
+def test_volume_is_held_for_as_long_as_its_device_is_there(tmp_path: Path) -> None:
+    async def scenario(stage: Stage) -> None:
+        await stage.devices.attach("disk")
+        assert len(stage.exports.continuing) == 1
+        await stage.devices.detach("disk")
+        assert not stage.exports.continuing
 
     play(tmp_path, scenario)
 
@@ -350,8 +451,8 @@ def test_connection_of_a_device_that_is_gone_is_closed(tmp_path: Path) -> None:
 def test_store_is_away_at_the_start_and_comes_back(tmp_path: Path) -> None:
     async def scenario(stage: Stage) -> None:
         stage.kernel.plug(0, str(Backend(OURS, VOLUME)))
-        stage.exports.refusal = ExportError("platform", "the store is away")
-        await stage.devices.start()
+        stage.exports.refusal = ExportError("away", "the store is away")
+        await stage.start()
         (found,) = stage.devices.list()
         assert not found["served"] and found["problem"] == "the store is away"
         (tmp_path / "sys/block/nbd0/inflight").write_text("       0        3\n")
@@ -391,9 +492,9 @@ def test_kernel_ignores_a_socket_while_the_old_one_lives(tmp_path: Path) -> None
     async def scenario(stage: Stage) -> None:
         stage.kernel.plug(0, str(Backend(OURS, VOLUME)))
         stage.kernel.ignored = 3
-        await stage.devices.start()
-        await until(lambda: 0 in stage.kernel.sockets)
-        assert stage.devices.list()[0]["served"] and stage.exports.opened == 4
+        await stage.start()
+        await until(lambda: 0 in stage.kernel.sockets and bool(stage.devices.list()[0]["served"]))
+        assert stage.exports.opened == 4
 
     play(tmp_path, scenario)
 
@@ -472,7 +573,7 @@ def test_volume_that_a_guest_would_not_know_again_is_not_served(
     async def scenario(stage: Stage) -> None:
         stage.kernel.plug(0, str(Backend(OURS, VOLUME)))
         stage.exports.export = now
-        await stage.devices.start()
+        await stage.start()
         (found,) = stage.devices.list()
         assert not found["served"] and says in found["problem"]
         await asyncio.sleep(0.5)
@@ -488,7 +589,7 @@ def test_volume_grew_while_nobody_served_it(
     async def scenario(stage: Stage) -> None:
         stage.kernel.plug(0, str(Backend(OURS, VOLUME)))
         stage.exports.export = Export("renamed", 2 * SIZE, False, "", VOLUME)
-        await stage.devices.start()
+        await stage.start()
         (found,) = stage.devices.list()
         assert found["size_bytes"] == SIZE and found["volume"] == "renamed"
         await until(lambda: stage.devices.list()[0]["size_bytes"] == 2 * SIZE)
@@ -547,6 +648,7 @@ def test_device_detached_by_force_and_still_open_stays_dead(
         with pytest.raises(VolumeBusy, match="detached, but /dev/nbd0 is still in use"):
             await stage.devices.attach("disk")
         again = stage.another()
+        again.take([])
         await again.start()
         assert again.list() == [] and 0 not in stage.kernel.sockets
         stage.kernel.let_go(0)
@@ -556,6 +658,7 @@ def test_device_detached_by_force_and_still_open_stays_dead(
         third = stage.another()
         await again.close()
         stage.kernel.sockets.pop(0).close()
+        third.take([])
         await third.start()
         assert third.list()[0]["served"]
         await third.close()
@@ -584,7 +687,7 @@ def test_crash_between_the_mark_and_disconnect_by_force(tmp_path: Path) -> None:
         backend = Backend(OURS, VOLUME)
         stage.kernel.plug(0, str(backend))
         DeviceLinks(Sysfs(str(tmp_path))).mark_detached(0, backend)
-        await stage.devices.start()
+        await stage.start()
         assert stage.devices.list() == []
         await until(lambda: not (tmp_path / "run" / "millpond" / "devices").exists())
         assert stage.kernel.disconnects == 1
@@ -761,6 +864,7 @@ def test_renamed_while_no_daemon_ran(tmp_path: Path) -> None:
         stage.kernel.sockets.pop(0).close()
         stage.exports.export = Export("old", SIZE, False, "", VOLUME)
         again = stage.another()
+        again.take([])
         await again.start()
         await until((stage.links / "old").is_symlink)
         assert not (stage.links / "disk").is_symlink()
@@ -789,6 +893,7 @@ def test_link_of_a_device_that_is_gone_is_removed_at_the_start(tmp_path: Path) -
         await stage.devices.close()
         stage.kernel.disconnect(0)
         again = stage.another()
+        again.take([])
         await again.start()
         assert not stage.links.exists() and again.list() == []
 

@@ -171,6 +171,10 @@ def test_refusals_reach_the_client_with_their_message(served: Served) -> None:
         with pytest.raises(OptionRefused, match="vol is open at host b") as caught:
             negotiation.go("vol")
         assert caught.value.reply == OptionReply.ERR_POLICY
+        served.exports.refusal = ExportError("away", "vol: no store")
+        with pytest.raises(OptionRefused, match="vol: no store") as caught:
+            negotiation.go("vol")
+        assert caught.value.reply == OptionReply.ERR_PLATFORM
         served.exports.refusal = None
         negotiation.go("vol")
     with connect_socket(served.uri()) as sock, pytest.raises(ConnectionLost):

@@ -19,7 +19,7 @@ from unittest.mock import patch
 from rich.console import Console
 from rich.table import Table
 
-from millpond.cache import volumes
+from millpond.cache import opening, volumes
 from millpond.cache.destage import VolumeDestage
 from millpond.native import lib
 from millpond.native.engine import Batch
@@ -124,7 +124,7 @@ def _destaged_before_the_answer() -> AbstractContextManager[object]:
 
 
 def _slots_are_always_trusted() -> AbstractContextManager[object]:
-    return patch.object(volumes, "slots_are_valid", lambda record, known, cache_id: True)
+    return patch.object(opening, "slots_are_valid", lambda record, known, cache_id: True)
 
 
 def _clean_on_record_before_the_engine_knows() -> AbstractContextManager[object]:

@@ -61,6 +61,7 @@ class Happenings:
             Kind.CACHE_OLD: self._restore,
             Kind.MOVE: self._move,
             Kind.KILL_GUEST: self._kill_guest,
+            Kind.RESTART_CACHE: self._restart_cache,
         }
 
     async def happen(self, happening: Happening) -> None:
@@ -106,6 +107,18 @@ class Happenings:
         clean = await host.stop()
         self._torture.note(f"stopped, clean={clean}")
         await self._torture.fall(host, power=False)
+
+    async def _restart_cache(self, host: Machine, dice: random.Random) -> None:
+        """Some guests die while nobody serves them."""
+        assert isinstance(host, Host)
+        kept = await host.restart()
+        self._torture.note(f"stopped, {kept} connections kept")
+        if host.sim.crashed or not host.is_freed:
+            await self._torture.fall(host, power=False)
+            return
+        await self._torture.rest(host)
+        if dice.randrange(2):
+            dice.choice(self._site.tenants).leave(Loss.NOTHING, again=True)
 
     async def _stop_store(self, box: Machine, dice: random.Random) -> None:
         await self._site.box.stop()

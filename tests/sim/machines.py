@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from millpond.cache.chance import Chance
 from millpond.cache.daemon import CacheConfig, CacheDaemon
+from millpond.cache.handover import HandoverError, decode, encode
 from millpond.native import ffi, lib
 from millpond.native.drivers import Sim, SimOptions, destroy
 from millpond.native.engine import Engine, EngineOptions, NativeError, VolumeStatus
@@ -44,6 +45,10 @@ class _Engine(Engine):
     network: Network
     sim: Sim
     confirmed: Callable[[bytes, int], None]
+
+    def take_left(self, cookie: int, bytes_count: int) -> tuple[int, bytes]:
+        number, received = super().take_left(cookie, bytes_count)
+        return self.network.keep(self.sim, number), received
 
     def destaged(self, volume: bytes, sequence: int) -> None:
         super().destaged(volume, sequence)
@@ -171,6 +176,7 @@ class Host(Machine):
         self._confirmed = confirmed  # volume, sequence: the store has it
         self.daemon: CacheDaemon | None = None
         self._server: NbdServer | None = None
+        self._kept: tuple[bytes, dict[str, int]] | None = None  # as systemd has them
         self.format()
 
     def format(self) -> None:
@@ -216,6 +222,7 @@ class Host(Machine):
 
     def _serve(self, engine: Engine) -> None:
         self.daemon = CacheDaemon(engine, self._config, self._chance)
+        self._inherit(self.daemon)
         self.daemon.go()
         self._server = NbdServer(self.daemon.exports)
         listener = self.network.listen(self.nbd_address, self.process)
@@ -240,7 +247,47 @@ class Host(Machine):
         await server.close()
         return await daemon.stop()
 
+    async def restart(self) -> int:
+        """As systemctl restart, to its end: guests stay with their connections; how many."""
+        daemon, server = self.daemon, self._server
+        assert daemon is not None and server is not None
+        work = self.process.run(lambda: self.loop.create_task(self._give_back(daemon, server)))
+        await work
+        return len(self._kept[1]) if self._kept is not None else 0
+
+    async def _give_back(self, daemon: CacheDaemon, server: NbdServer) -> None:
+        cache_id = daemon.engine.cache_id
+        await server.close()
+        await daemon.give_back()
+        await daemon.stop()
+        named = {str(number): kept for number, kept in enumerate(daemon.take_kept())}
+        if named:
+            self._kept = encode(cache_id, named), {name: each.fd for name, each in named.items()}
+
+    def _inherit(self, daemon: CacheDaemon) -> None:
+        kept, self._kept = self._kept, None
+        if kept is None:
+            return
+        data, descriptors = kept
+        for fd in descriptors.values():
+            self.network.give(fd, self.process)
+        try:
+            for each in decode(data, daemon.engine.cache_id, descriptors):
+                daemon.inherit(each)
+        except HandoverError:  # another device took the place of theirs
+            for fd in descriptors.values():
+                self.network.drop(fd)
+
+    def free_kept(self) -> None:
+        """Those that nobody goes on with."""
+        kept, self._kept = self._kept, None
+        for fd in kept[1].values() if kept is not None else ():
+            self.network.drop(fd)
+
     def free(self) -> None:
+        if self.daemon is not None:
+            for each in self.daemon.take_kept():  # it died before it served them
+                os.close(each.fd)
         daemon, self.daemon = self.daemon, None
         if daemon is not None and daemon.engine._engine != ffi.NULL:
             daemon.engine.free()

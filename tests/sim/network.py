@@ -2,7 +2,8 @@
 
 A connection has two ends, each in somebody's hands (sockets.py): a transport of asyncio, a plain
 socket while NBD shakes hands, a socket of a core's driver after that, the guest.  A descriptor (of
-nothing) stands for an end that may be handed over: whoever duplicates it, adopt() finds the end.
+nobody) stands for an end that may be handed over: whoever duplicates it, adopt() finds the end.
+A process that gives an end back (keep) may die: the end is in nobody's hands until adopted again.
 
 Happy path: listen(), connect(), send(); turn() moves what is due.
 Failure modes, on purpose: cut() breaks a connection with bytes still under way; a process that is
@@ -12,6 +13,7 @@ held (Process.held_until_ns) is silent for a while; who connects to nobody is re
 import asyncio
 import os
 import random
+import socket
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -41,12 +43,13 @@ class End:
         self.owner = owner
         self.peer: End
         self.holder: object = None
-        self.descriptor = os.memfd_create("end of a connection")
+        self.descriptor = socket.socket(socket.AF_UNIX).detach()  # connected to nobody
         self.incoming: deque[tuple[int, bytes]] = deque()  # (due, bytes)
         self.incoming_bytes = 0
         self.is_closed = False  # by its holder: nothing more is sent, what comes is dropped
         self.is_shut = False  # by its holder: nothing more is sent
         self.is_cut = False
+        self.is_kept = False  # for the next process: nothing is delivered meanwhile
         self.take: Callable[[bytes], bool] = lambda data: False  # False: not now
         self.ended: Callable[[Exception | None], None] = _nothing_more
         self.fetch: Callable[[], bytes | None] = _nothing  # what a core has sent; None: closed
@@ -129,6 +132,7 @@ class Network:
         self._listeners: dict[str, Listener] = {}
         self._ends: list[End] = []
         self._by_inode: dict[int, End] = {}
+        self._by_number: dict[tuple[Sim, int], End] = {}  # sockets of cores
 
     def free(self) -> None:
         """Give the descriptors back."""
@@ -159,26 +163,53 @@ class Network:
 
     def adopt(self, descriptor: int, sim: Sim) -> int:
         """A descriptor becomes a socket of a core's driver: its number there."""
-        end = self._by_inode[os.fstat(descriptor).st_ino]
+        end = self._end_of(descriptor)
         os.close(descriptor)
-        socket = sim.socket()
+        number = sim.socket()
 
         def fetch() -> bytes | None:
             try:
-                return sim.pop(socket)
+                return sim.pop(number)
             except BrokenPipeError:
                 return None
 
         def take(data: bytes) -> bool:
             with suppress(BrokenPipeError):  # closed by the core; fetch tells
-                sim.push(socket, data)
+                sim.push(number, data)
             return True
 
-        end.holder, end.is_closed = sim, False
+        end.holder, end.is_closed, end.is_kept = sim, False, False
+        self._by_number[sim, number] = end
         end.take, end.fetch = take, fetch
-        end.ended = lambda error: sim.hangup(socket)
+        end.ended = lambda error: sim.hangup(number)
         end.drained = _nobody
-        return socket
+        return number
+
+    def keep(self, sim: Sim, number: int) -> int:
+        """A core has given this socket back: a descriptor for whoever adopts it next.
+
+        What the core sent goes out; what it did not receive comes again.
+        """
+        end = self._by_number.pop((sim, number))
+        self._pull(end)
+        end.give_back(sim.take_back(number))
+        end.holder, end.owner, end.is_kept = None, None, True
+        end.take, end.fetch = lambda data: False, _nothing
+        return os.dup(end.descriptor)
+
+    def give(self, descriptor: int, owner: Process) -> None:
+        """A kept end is another process's from here: it dies with that."""
+        self._end_of(descriptor).owner = owner
+
+    def drop(self, descriptor: int) -> None:
+        """Nobody goes on with a kept end."""
+        end = self._end_of(descriptor)
+        os.close(descriptor)
+        end.is_kept, end.is_closed = False, True
+        end.take, end.ended = lambda data: True, _nothing_more
+
+    def _end_of(self, descriptor: int) -> End:
+        return self._by_inode[os.fstat(descriptor).st_ino]
 
     def cut(self, end: End) -> None:
         """The connection breaks, in the middle of a frame perhaps."""
@@ -205,6 +236,7 @@ class Network:
             if end.owner is owner:
                 self.cut(end)
                 end.incoming.clear()
+                end.is_kept = False
                 end.take, end.ended, end.fetch = lambda data: True, _nothing_more, _nothing
                 end.drained = _nobody
 
@@ -238,7 +270,7 @@ class Network:
         """Whatever is due arrives."""
         self.now_ns = now_ns
         for end in list(self._ends):
-            if not end.is_idle and end.held_until_ns <= now_ns:
+            if not (end.is_idle or end.is_kept) and end.held_until_ns <= now_ns:
                 self._pull(end)
                 self._deliver(end)
         over = [end for end in self._ends if end.ended is _nothing_more is end.peer.ended]

@@ -38,6 +38,7 @@ class Kind(StrEnum):
     CACHE_OLD = "the cache's device is restored from an old copy"
     MOVE = "the guest moves to the other hypervisor"
     KILL_GUEST = "the guest dies and starts again at once"
+    RESTART_CACHE = "the cache is restarted as planned, its guests stay connected"
 
 
 # After these a request may fail, or be refused; data may be gone where an operator accepts it.
@@ -45,7 +46,8 @@ DAMAGES_CACHE = {Kind.CACHE_EIO, Kind.CACHE_FLIP, Kind.CACHE_MISDIRECT, Kind.CAC
 DAMAGES_CACHE |= {Kind.CACHE_OLD}
 DAMAGES_STORE = {Kind.STORE_FLIP, Kind.STORE_MISDIRECT}
 HARMLESS = [kind for kind in Kind if kind not in DAMAGES_CACHE | DAMAGES_STORE]
-HARMLESS.remove(Kind.KILL_GUEST)  # drawn apart: the seeds of before stay what they were
+for drawn_apart in (Kind.KILL_GUEST, Kind.RESTART_CACHE):  # seeds of before stay what they were
+    HARMLESS.remove(drawn_apart)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,8 @@ def make_plan(seed: int, kinds: Sequence[Kind] = ()) -> Plan:
         known += [kind for kind in sorted(DAMAGES_STORE) if rng.randrange(2)]
     if random.Random(f"guest {seed}").randrange(4) == 0:
         known.append(Kind.KILL_GUEST)
+    if random.Random(f"restart {seed}").randrange(4) == 0:
+        known.append(Kind.RESTART_CACHE)
     shapes = tuple(rng.choice(sorted(SHAPES)) for _ in range(1 + (rng.randrange(3) == 0)))
     requests = sum(SHAPES[shape].requests for shape in shapes)
     count = rng.randrange(4, 9) if kinds else rng.randrange(1, 7)

@@ -108,6 +108,8 @@ class Site:
         self.loop.set_turn(lambda limit_s: None)
         for task in asyncio.all_tasks(self.loop):  # whoever played, too: it may not have ended
             task.cancel()
+        for host in self.hosts:
+            host.free_kept()
         for machine in self.machines:
             machine.sim.crash()
             self.network.kill(machine.process)
@@ -200,6 +202,7 @@ class Site:
         lost = power or machine.faults.lose_unsynced or self.plan.damages_cache
         await machine.fall(power=power)
         if isinstance(machine, Host):
+            machine.free_kept()
             self.guests_leave(machine, Loss.UNFLUSHED if lost else Loss.UNANSWERED)
 
     def guests_leave(self, host: Host, loss: Loss) -> None:
@@ -258,6 +261,7 @@ class Site:
         """The device is replaced; the operator accepts what the store has."""
         if host.is_up:
             await host.fall(power=True)
+        host.free_kept()
         host.format()
         host.no_faults()
         self.guests_leave(host, Loss.UNSHIPPED)

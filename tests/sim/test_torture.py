@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -27,6 +28,18 @@ def test_everything_goes_wrong_and_no_promise_is_broken(
     outcomes = run_seeds(1, SEEDS)
     record_property("figure", summary(outcomes))
     assert not [outcome.error for outcome in outcomes if outcome.error]
+
+
+def test_planned_restarts_keep_guests_whatever_else_happens(
+    record_property: Callable[[str, object], None],
+) -> None:
+    kinds = (Kind.RESTART_CACHE, Kind.RESTART_CACHE, Kind.HOLD_STORE, Kind.KILL_GUEST, Kind.MOVE)
+    outcomes = [run_case(Case(seed, kinds=kinds)) for seed in range(1, 7)]
+    assert not [outcome.error for outcome in outcomes if outcome.error]
+    kept = [re.search(r"(\d+) connections kept", line) for each in outcomes for line in each.trace]
+    count = sum(int(found[1]) for found in kept if found)
+    assert count > 0
+    record_property("figure", f"{count} connections went on in another process")
 
 
 @pytest.mark.parametrize(

@@ -282,6 +282,15 @@ class Torture:
         self.outcome.falls += 1
         self.note(f"{machine.name} falls")
         await self.site.fall(machine, power=power)
+        self._wait_for_start(machine)
+
+    async def rest(self, host: Host) -> None:
+        """Its process has ended as it should; guests wait for the next one."""
+        self.note(f"{host.name} is between two processes")
+        await host.fall(power=False)
+        self._wait_for_start(host)
+
+    def _wait_for_start(self, machine: Machine) -> None:
         delay_ns = self._rng.choice((1_000_000, 100_000_000, 2 * NS_PER_S, 20 * NS_PER_S))
         self._start_ns[machine.name] = self.site.loop.now_ns + self._rng.randrange(delay_ns)
 

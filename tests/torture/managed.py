@@ -42,6 +42,10 @@ class Site:
         self._cache.kill()
         self._cache.wait()
 
+    def start_and_kill(self) -> None:
+        """A second half that ends between taking over and the first byte."""
+        self.manager.start_and_kill(self._arguments, self.log)
+
     def start(self) -> None:
         """The second half."""
         self._cache = self.manager.start(self._arguments, self.log)

@@ -16,7 +16,7 @@ import nbdclient
 from torture.amounts import amount, seed_for
 from torture.daemons import MIB
 from torture.guests import Guest
-from torture.managed import site
+from torture.managed import Site, site
 
 SIZE_BYTES = 64 * MIB
 GUESTS = 2
@@ -26,23 +26,28 @@ STATE, GUEST = "millpond-guests", "millpond-guest-"
 HERE = "tests/torture/test_restart.py"
 
 
+def stampers(made: Site, chance: random.Random) -> list[Guest]:
+    """Who writes, and verifies what was acknowledged."""
+    return [
+        Guest(
+            made.uri,
+            "disk",
+            random.Random(f"{chance.random()} {who}"),
+            who=who,
+            share_bytes=SHARE_BYTES,
+            depth=DEPTH,
+        )
+        for who in range(GUESTS)
+    ]
+
+
 def test_guests_keep_their_connections_over_restarts(
     tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     restarts = amount("RESTARTS", usual=4, prove=30)
     chance = random.Random(seed_for(HERE, 5))
     with site(tmp_path, SIZE_BYTES) as made:
-        guests = [
-            Guest(
-                made.uri,
-                "disk",
-                random.Random(f"{chance.random()} {who}"),
-                who=who,
-                share_bytes=SHARE_BYTES,
-                depth=DEPTH,
-            )
-            for who in range(GUESTS)
-        ]
+        guests = stampers(made, chance)
         with nbdclient.connect(made.uri, export="disk") as idle:
             last = SIZE_BYTES - 4096
             for number in range(restarts):
@@ -65,6 +70,26 @@ def test_guests_keep_their_connections_over_restarts(
             assert guest.reconnects == 0, "a guest lost its connection"
         figure = f"{restarts} restarts; " + "; ".join(str(guest.stamper.totals) for guest in guests)
     record_property("figure", figure)
+
+
+def test_process_that_dies_before_it_reads_from_any_costs_connections_and_nothing_else(
+    tmp_path: Path,
+) -> None:
+    with site(tmp_path, SIZE_BYTES) as made:
+        guests = stampers(made, random.Random(seed_for(HERE, 6)))
+        for guest in guests:
+            guest.wait_for_more(200)
+        made.stop()
+        assert made.manager.kept
+        made.start_and_kill()
+        assert not made.manager.kept, "no third process reads what the second may have read"
+        made.start()
+        for guest in guests:
+            guest.wait_for_more(200)
+            guest.ask_to_stop()
+        for guest in guests:
+            guest.join()
+            assert guest.reconnects == 1
 
 
 @pytest.mark.parametrize("lost", [STATE, f"{GUEST}0"])
