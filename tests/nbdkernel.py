@@ -4,10 +4,12 @@ Its netlink calls change a tree of plain files; the rest of a device is sockets.
 """
 
 import asyncio
+import select
 import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from millpond.cache.exports import NOBODY, Agreed, Export, ExportError, Owner
 from millpond.cache.handover import Kept
 from millpond.cache.tasks import Tasks
 from millpond.nbd.devices import KernelDevices
+from millpond.nbd.keeper import DISCONNECT
 from millpond.nbd.sysfs import Sysfs
 
 OURS, THEIRS = bytes(15) + b"\1", bytes(15) + b"\2"
@@ -107,7 +110,10 @@ class PlayedKernel:
         note = self.root / "run" / "millpond" / "devices" / f"nbd{index}"
         self.marked = note.exists() and "MILLPOND_DETACHED" in note.read_text()
         if index in self.sockets:
-            self.sockets.pop(index).close()
+            sock = self.sockets.pop(index)
+            with suppress(OSError):  # it was cut off
+                sock.send(DISCONNECT)
+            sock.close()
         if index not in self.held:
             self.let_go(index)
 
@@ -137,13 +143,25 @@ class PlayedExport:
 
     async def _until_end(self, sock: socket.socket, owner: Owner) -> None:
         with sock:
-            assert await asyncio.get_running_loop().sock_recv(sock, 1) == b""
+            loop = asyncio.get_running_loop()
+            said = b"" if self._exports.hangs_up else await loop.sock_recv(sock, len(DISCONNECT))
+            while self._exports.hangs_up and not _is_hung_up(sock):  # noqa: ASYNC110  (no event)
+                await asyncio.sleep(0.01)
+            assert said in (b"", DISCONNECT)
         await self._exports.done.wait()
+        if said == DISCONNECT:
+            owner.disconnected()
         owner.closed()
 
     async def release(self) -> None:
         self._exports.released += self._is_held
         self._is_held = False
+
+
+def _is_hung_up(sock: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(sock, select.POLLHUP)
+    return bool(poll.poll(0))
 
 
 class PlayedExports:
@@ -154,6 +172,7 @@ class PlayedExports:
         self.others: list[Export] = []
         self.refusal: ExportError | None = None
         self.written_by_others = False
+        self.hangs_up = False  # the engine sees a hang-up before what came ahead of it
         self.done = asyncio.Event()  # the engine, with what a connection that ended asked for
         self.done.set()
         self.silent = False  # a store does not answer

@@ -92,6 +92,27 @@ def test_device_detached_by_force_and_still_open_stays_dead(
     play(tmp_path, scenario)
 
 
+@pytest.mark.expects_warnings
+@pytest.mark.parametrize("hangs_up", [False, True], ids=["read", "hung up"])
+def test_others_disconnect_a_device_that_is_mounted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hangs_up: bool
+) -> None:
+    async def scenario(stage: Stage) -> None:
+        stage.exports.hangs_up = hangs_up
+        await stage.devices.attach("disk")
+        stage.kernel.held.add(0)
+        stage.kernel.disconnect(0)
+        await until(lambda: stage.devices.list() == [] and not stage.links.exists())
+        with pytest.raises(VolumeBusy, match="detached, but /dev/nbd0 is still in use"):
+            await stage.devices.attach("disk")
+        assert 0 not in stage.kernel.sockets, "it came back to life"
+        stage.kernel.let_go(0)
+        assert (await stage.devices.attach("disk"))["served"]
+
+    monkeypatch.setattr("millpond.nbd.devices.HELD_POLL_S", 0.02)
+    play(tmp_path, scenario)
+
+
 def test_nothing_is_left_of_a_device_that_is_let_go_after_its_detach(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -115,10 +115,14 @@ sh("resize2fs", "/dev/nbd1")
 sh("umount", "/run/disk")
 say("grown")
 
-# Others disconnect it: while the cache runs, and while it does not.
+# Others disconnect it: while the cache runs and it is mounted, and while no cache runs.
+sh("mount", "/dev/nbd1", "/run/disk")
+printk.write_text("1")
 sh("nbd-client", "-d", "/dev/nbd1")
-clean("nbd1")
 until(lambda: not devices(), "forgotten")
+sh("umount", "/run/disk")
+printk.write_text("5")
+clean("nbd1")
 millpond("attach", "disk")
 daemon.kill()
 sh("nbd-client", "-d", "/dev/nbd0")
