@@ -350,6 +350,8 @@ class CacheDaemon:
         client = self._connections.pop(event.cookie, None)
         if client is not None:
             client.volume.connection_closed(event.cookie)
+            if event.status == 1:
+                client.owner.disconnected()
             client.owner.closed()
         self._connection_gone.set()
 

@@ -35,6 +35,7 @@ class Owner:
 
     closed: Callable[[], None] = lambda: None  # the engine is done with it, whatever the reason
     tag: str = ""  # told again when the connection goes on in another process
+    disconnected: Callable[[], None] = lambda: None  # before closed: the client's NBD_CMD_DISC
 
 
 NOBODY = Owner()

@@ -29,12 +29,15 @@ from millpond.nbd.devicelinks import DeviceLinks
 from millpond.nbd.handshake import transmission_flags
 from millpond.nbd.limits import REFUSED_WAIT_S, SETTLED_S, SOCKET_BUFFER_BYTES
 from millpond.nbd.sysfs import Backend, KernelDevice, Sysfs
+from millpond.nbd.wire import REQUEST, REQUEST_MAGIC, Command
 from millpond.nbd.worker import in_thread
 
 _log = logging.getLogger(__name__)
 
 # Images have partition tables in sectors of 512 bytes, and a guest's firmware reads them so.
 BLOCK_BYTES: Final = 512
+# As the kernel sends it: no flags, and nothing else set.
+DISCONNECT: Final = REQUEST.pack(REQUEST_MAGIC, 0, Command.DISC, 0, 0, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +56,21 @@ class _Gone(Exception):
     """The kernel has no such device any more."""
 
 
+def _ends_with(sock: socket.socket, request: bytes) -> bool:
+    """What nobody has read of a connection; more than its buffer holds is none that has ended."""
+    unread, left = b"", 2 * SOCKET_BUFFER_BYTES
+    with suppress(OSError):
+        while left > 0 and (part := sock.recv(1 << 20, socket.MSG_DONTWAIT)):
+            unread = (unread + part)[-len(request) :]
+            left -= len(part)
+    return unread == request
+
+
 class End:
     """Of a connection that the engine has: when it comes, and how to bring it about."""
 
     def __init__(self, sock: socket.socket) -> None:
+        self.is_wanted = False  # by the kernel, which was told to disconnect the device
         self._came: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         # Not sock.dup(), which makes both block: the engine has the other one.
         self._sock = socket.socket(fileno=os.dup(sock.fileno()))
@@ -69,8 +83,16 @@ class End:
         """Until it comes, or for so long."""
         await asyncio.wait([self._came], timeout=timeout_s)
 
+    def want(self) -> None:
+        """The engine says, before it comes, that it has read NBD_CMD_DISC."""
+        self.is_wanted = True
+
     def come(self) -> None:
-        """The engine says so.  Before, the kernel would not see the end of the connection."""
+        """The engine says so.  Before, the kernel would not see the end of the connection.
+
+        The kernel hangs up right behind NBD_CMD_DISC, and then the engine reads no more.
+        """
+        self.is_wanted = self.is_wanted or _ends_with(self._sock, DISCONNECT)
         self._sock.close()
         if not self._came.done():
             self._came.set_result(None)
@@ -87,7 +109,7 @@ def give_to_engine(
     """The engine serves it from here, until the end."""
     end = End(sock)
     try:
-        opened.handover(sock, received, agreed, Owner(end.come, tag))
+        opened.handover(sock, received, agreed, Owner(end.come, tag, end.want))
     except BaseException:
         end.come()
         raise
@@ -244,9 +266,12 @@ class Keeper:
         loop = asyncio.get_running_loop()
         while True:
             if self._closed is not None:
-                began_s = loop.time()
-                await self._closed.wait()
+                closed, began_s = self._closed, loop.time()
+                await closed.wait()
                 self._closed = None
+                if closed.is_wanted:
+                    self._leave()
+                    return
                 if loop.time() - began_s > SETTLED_S:
                     backoff.reset()
                 else:
@@ -255,8 +280,7 @@ class Keeper:
                 await self._reconnect()
                 self.problem = ""
             except _Gone:
-                _log.warning("kernel device was disconnected by others device=%s", self.path)
-                self.gone(self)
+                self._leave()
                 return
             except (ExportError, CacheError, OSError) as error:
                 if str(error) != self.problem:
@@ -271,6 +295,10 @@ class Keeper:
                     await backoff.wait()
             finally:
                 self.settled.set()
+
+    def _leave(self) -> None:
+        _log.warning("kernel device was disconnected by others device=%s", self.path)
+        self.gone(self)
 
     async def _reconnect(self) -> None:
         """A new connection in the place of one that ended."""
@@ -351,7 +379,10 @@ class Keeper:
 
 def finish(kernel: Kernel, keeper: Keeper) -> None:
     """The steps of an attach behind CONNECT, each harmless when done before.  Worker thread."""
-    kernel.sysfs.apply_queue_settings(keeper.index)
+    try:
+        kernel.sysfs.apply_queue_settings(keeper.index)
+    except CacheError as error:  # it works without them, and after a crash it waits longer
+        _log.warning("settings left out device=%s reason=%s", keeper.path, escaped(str(error)))
     keeper.link()
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from millpond.cache.errors import CacheError, VolumeBusy
+from millpond.nbd.child import SYNC, StepFailed, hold, put
 
 BACKEND_PREFIX: Final = "millpond"
 # What was in flight when the daemon died is sent again when its own timer fires: so long after it
@@ -101,10 +102,16 @@ class Sysfs:
 
     def apply_queue_settings(self, index: int) -> None:
         """What is not as we want it.  Changing the scheduler waits for what is in flight."""
-        for name, value in QUEUE_SETTINGS:
-            self._set(index, name, value)
         most = int(self._read(index, "queue/max_hw_sectors_kb") or MAX_SECTORS_KIB)
-        self._set(index, "max_sectors_kb", str(min(most, MAX_SECTORS_KIB)))
+        wanted = [*QUEUE_SETTINGS, ("max_sectors_kb", str(min(most, MAX_SECTORS_KIB)))]
+        queue = self._block / f"nbd{index}" / "queue"
+        put(
+            [
+                (str(queue / name), value)
+                for name, value in wanted
+                if self._lacks(index, name, value)
+            ]
+        )
 
     def announce(self, index: int) -> None:
         """A "change" event: udev looks again."""
@@ -159,11 +166,9 @@ class Sysfs:
         except OSError:
             return ""
 
-    def _set(self, index: int, name: str, value: str) -> None:
+    def _lacks(self, index: int, name: str, value: str) -> bool:
         now = self._read(index, f"queue/{name}")
-        if now and now != value and f"[{value}]" not in now:
-            with suppress(OSError):
-                (self._block / f"nbd{index}" / "queue" / name).write_text(value)
+        return bool(now) and now != value and f"[{value}]" not in now
 
 
 def _is_open(descriptor: Path, index: int, wanted: set[int]) -> bool:
@@ -192,19 +197,14 @@ def exclusive(sysfs: Sysfs, index: int) -> Iterator[None]:
     """Hold a device so that nobody mounts it, with everything written back.  VolumeBusy."""
     path = str(sysfs.path("dev", f"nbd{index}"))
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC)
-    except OSError as error:
-        if error.errno == errno.EBUSY:
-            raise VolumeBusy(f"{path} is in use") from None
-        raise CacheError(f"cannot open {path}: {os.strerror(error.errno or 0)}") from None
-    try:
-        try:
-            os.fsync(descriptor)
-        except OSError as error:
+        with hold(path):
+            yield
+    except StepFailed as error:
+        reason = os.strerror(error.code)
+        if error.step == SYNC:
             raise CacheError(
-                f"{path} cannot be written back: {os.strerror(error.errno or 0)};"
-                " --force loses what is not written"
+                f"{path} cannot be written back: {reason}; --force loses what is not written"
             ) from None
-        yield
-    finally:
-        os.close(descriptor)
+        if error.code == errno.EBUSY:
+            raise VolumeBusy(f"{path} is in use") from None
+        raise CacheError(f"cannot open {path}: {reason}") from None

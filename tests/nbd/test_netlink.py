@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from pyroute2.netlink.exceptions import NetlinkError
 
-from millpond.cache.errors import CacheError
+from millpond.cache.errors import CacheError, NotPermitted, VolumeBusy
 from millpond.nbd import netlink
+from millpond.nbd.netlink import refusal
 
 
 class PlayedSocket:
@@ -77,3 +78,18 @@ def test_library_fails_in_a_way_of_its_own(library: type[PlayedSocket]) -> None:
     with pytest.raises(CacheError, match="/dev/nbd3: KeyError: 'no free address available'"):
         netlink.disconnect(3)
     assert library.now == 0
+
+
+@pytest.mark.parametrize(
+    ("code", "binding", "kind", "says"),
+    [
+        (errno.ENOENT, True, CacheError, "modprobe nbd"),
+        (errno.EPERM, False, NotPermitted, "CAP_SYS_ADMIN"),
+        (errno.EPERM, True, NotPermitted, "CAP_SYS_ADMIN"),
+        (errno.EBUSY, False, VolumeBusy, "/dev/nbd4 is in use"),
+        (-errno.EINVAL, False, CacheError, "Invalid argument"),
+    ],
+)
+def test_kernel_says_no(code: int, binding: bool, kind: type[CacheError], says: str) -> None:
+    error = refusal(code, "/dev/nbd4", binding=binding)
+    assert type(error) is kind and says in str(error)

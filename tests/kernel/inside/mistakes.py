@@ -5,6 +5,9 @@ Then what others do to our devices, a daemon lost while it attaches, and a volum
 
 import asyncio
 import os
+import signal
+import socket
+import time
 from pathlib import Path
 
 from kernel.inside.pond import (
@@ -23,6 +26,8 @@ from kernel.inside.pond import (
 )
 from millpond.cache.control import call
 from millpond.cache.errors import CacheAway
+from millpond.nbd import netlink
+from millpond.nbd.sysfs import Sysfs, exclusive
 
 
 def refused(code: int, says: str, *arguments: str) -> None:
@@ -110,10 +115,14 @@ sh("resize2fs", "/dev/nbd1")
 sh("umount", "/run/disk")
 say("grown")
 
-# Others disconnect it: while the cache runs, and while it does not.
+# Others disconnect it: while the cache runs and it is mounted, and while no cache runs.
+sh("mount", "/dev/nbd1", "/run/disk")
+printk.write_text("1")
 sh("nbd-client", "-d", "/dev/nbd1")
-clean("nbd1")
 until(lambda: not devices(), "forgotten")
+sh("umount", "/run/disk")
+printk.write_text("5")
+clean("nbd1")
 millpond("attach", "disk")
 daemon.kill()
 sh("nbd-client", "-d", "/dev/nbd0")
@@ -167,3 +176,28 @@ daemon.kill()
 line = millpond("attach", "disk", code=6)
 assert "no cache answers at" in line, line
 say(f"6: {line}")
+
+
+def wait_for_itself() -> None:
+    """Open a device whose server is this process, which never answers; does not return."""
+    _ours, theirs = socket.socketpair()
+    made = {"index": 2, "size_bytes": 64 * MIB, "block_bytes": 512, "server_flags": 1}
+    netlink.connect(theirs, **made, dead_timeout_s=60, backend="nobody")
+    theirs.close()
+    with exclusive(Sysfs(), 2):
+        os._exit(1)
+
+
+# Killed while it waits for its own device, a process ends, and its connections with it.
+pid = os.fork()
+if not pid:
+    wait_for_itself()
+until(lambda: Path("/sys/block/nbd2/pid").exists(), "connected")
+time.sleep(3)
+assert Path("/sys/block/nbd2/inflight").read_text().split() == ["1", "0"]
+os.kill(pid, signal.SIGKILL)
+until(lambda: os.waitpid(pid, os.WNOHANG)[0] == pid, "the killed process has ended", 6)
+printk.write_text("1")  # of reads that fail
+netlink.disconnect(2)
+clean("nbd2")
+say("killed while it waited for its own device")
