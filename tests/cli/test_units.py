@@ -134,6 +134,10 @@ def test_stop_over_vhost_user_does_not_wait_for_a_cache_that_is_away() -> None:
     assert unit("millpond-vhost-user@.service")["Service"]["TimeoutStopSec"] == "30s"
 
 
+def test_next_process_does_not_wait_for_children_that_wait_for_it() -> None:
+    assert unit("millpond-cache.service")["Service"]["KillMode"] == "process"
+
+
 def test_store_is_nobody_special() -> None:
     service = unit("millpond-store.service")["Service"]
     assert service["User"] == "millpond" and service["CapabilityBoundingSet"] == ""
