@@ -16,7 +16,6 @@ import logging
 import os
 import socket
 from collections.abc import Awaitable, Callable
-from typing import Protocol
 
 from millpond.cache.errors import CacheError, escaped
 from millpond.cache.exports import Agreed, Owner
@@ -26,12 +25,7 @@ from millpond.native.engine import NativeError
 log = logging.getLogger("millpond.cache")
 
 
-class Connect(Protocol):
-    """Volume.connect."""
-
-    def __call__(
-        self, sock: socket.socket, received: bytes, agreed: Agreed, owner: Owner, /
-    ) -> None: ...
+Connect = Callable[[socket.socket, bytes, Agreed, Owner], None]  # Volume.connect
 
 
 class Continuing:

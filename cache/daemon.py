@@ -259,7 +259,6 @@ class CacheDaemon:
         backoff = Backoff()
         while volume.continuing.waiting:
             try:
-                volume.lives(await self.stores.find_id(volume.id))
                 await volume.attach()
                 volume.detach()
             except StoreAway:

@@ -56,7 +56,8 @@ async def open_at_stores(
         before = await replicas.show(volume_id)
         known = find_volume(world.engine, volume_id)
         check_still_ours(before, known, cache_id)
-        if not (given_back_epoch == before.epoch or history_is_ours(before, known, cache_id)):
+        given_back = given_back_epoch == before.epoch  # and nobody has opened it since
+        if not (given_back or history_is_ours(before, known, cache_id)):
             await part()
         lineage = world.chance.new_lineage()
         try:
@@ -77,7 +78,7 @@ async def open_at_stores(
         return Opening(
             record=after,
             lineage=lineage,
-            keep_slots=given_back_epoch == before.epoch or slots_are_valid(before, known, cache_id),
+            keep_slots=given_back or slots_are_valid(before, known, cache_id),
             undestaged=undestaged,
         )
     raise VolumeBusy("other caches keep opening the volume; try again")
