@@ -17,8 +17,8 @@ def is_held(volume: dict[str, Any]) -> bool:
     return bool(volume["open_holder"] or volume["dirty_holder"])
 
 
-async def release(client: StoreClient, volume: dict[str, Any]) -> None:
-    """Give it to nobody; what its holder has not shipped is lost.  StoreError."""
+async def release(client: StoreClient, volume: dict[str, Any]) -> dict[str, Any]:
+    """Give it to nobody; what its holder has not shipped is lost.  The volume.  StoreError."""
     identity = {"id": volume["id"], "cache_id": new_id().hex()}
     opened = await client.call(
         "volume.open",
@@ -29,7 +29,8 @@ async def release(client: StoreClient, volume: dict[str, Any]) -> None:
         accept_loss=True,
     )
     epoch = opened["volume"]["epoch"]
-    await client.call("volume.close", **identity, epoch=epoch)
+    closed = await client.call("volume.close", **identity, epoch=epoch)
+    return dict(closed["volume"])
 
 
 def refusal(volume: dict[str, Any]) -> CommandError:

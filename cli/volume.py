@@ -186,18 +186,21 @@ def release_volume(
         bool,
         typer.Option("--accept-loss", help="the cache that holds it is gone, with what it had"),
     ] = False,
+    json: JsonOption = False,
 ) -> None:
     """Take a volume away from a cache that is gone, so that others may open it."""
 
-    async def work(client: StoreClient) -> None:
-        volume = (await client.call("volume.show", name=name))["volume"]
+    async def work(client: StoreClient) -> dict[str, Any]:
+        volume: dict[str, Any] = (await client.call("volume.show", name=name))["volume"]
         if not is_held(volume):
-            return
+            return volume
         if not accept_loss:
             raise refusal(volume)
-        await release(client, volume)
+        return await release(client, volume)
 
-    call_store(store, directory, work)
+    volume = call_store(store, directory, work)
+    if json:
+        print_json(volume)
 
 
 @app.command("delete")

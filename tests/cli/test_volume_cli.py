@@ -122,6 +122,8 @@ def test_volume_of_a_cache_that_is_gone_is_released_only_with_the_operators_word
     shown = json.loads(millpond("volume", "show", "web", "--json", "--dir", store).stdout)
     assert shown["open_holder"] is shown["dirty_holder"] is None
     assert shown["epoch"] == 2, "whoever held it is fenced"
+    again = millpond("volume", "release", "web", "--json", "--dir", store)
+    assert json.loads(again.stdout)["epoch"] == 2, "as it is; nobody held it any more"
     fails(millpond("volume", "release", "nope", "--dir", store), 3, "no volume")
 
 
