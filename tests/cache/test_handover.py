@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cache_rig import MIB, VOLUME, Cache, World, rig, run, until
+from cache_rig import MIB, VOLUME, Cache, Guest, World, rig, run, until
 from millpond.cache import limits
 from millpond.cache.exports import Agreed, ExportError
 from millpond.cache.handover import HandoverError, Kept, decode, encode
@@ -71,7 +71,11 @@ async def restart(world: World, cache: Cache) -> Cache:
     return await world.cache("a", inherits=await world.stop(cache))
 
 
-async def is_shipped(cache: Cache) -> None:
+async def with_all_shipped(world: World) -> tuple[Cache, Guest]:
+    """A cache whose guest has written NOISE; the store has it, too."""
+    cache = await world.cache("a")
+    guest = await cache.guest()
+    await guest.write(0, NOISE)
     goal = (await cache.volume.flush(ignore_rates=True)).last_sequence
 
     def arrived() -> bool:
@@ -79,6 +83,7 @@ async def is_shipped(cache: Cache) -> None:
         return status.destaged_sequence >= goal and not status.has_undestaged
 
     await until(arrived, "all is shipped")
+    return cache, guest
 
 
 async def never() -> None:
@@ -138,10 +143,7 @@ def test_guest_of_a_disk_that_another_host_has_written_is_ended(
 
     async def scenario() -> None:
         async with rig(tmp_path) as world:
-            cache = await world.cache("a")
-            guest = await cache.guest()
-            await guest.write(0, NOISE)
-            await is_shipped(cache)
+            cache, guest = await with_all_shipped(world)
             await cache.give_back()
             kept = await world.stop(cache)
             assert [each.volume for each in kept] == [cache.volume.id]
@@ -160,10 +162,7 @@ def test_guest_of_a_disk_that_another_host_has_written_is_ended(
 def test_volume_is_not_given_to_others_while_its_guest_waits(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with rig(tmp_path) as world:
-            cache = await world.cache("a")
-            guest = await cache.guest()
-            await guest.write(0, NOISE)
-            await is_shipped(cache)
+            cache, guest = await with_all_shipped(world)
             await cache.give_back()
             kept = await world.stop(cache)
             other = await world.cache("b")
@@ -184,10 +183,7 @@ def test_whoever_goes_on_with_a_disk_holds_it_and_is_ended_if_others_write(tmp_p
 
     async def scenario() -> None:
         async with rig(tmp_path) as world:
-            cache = await world.cache("a")
-            guest = await cache.guest()
-            await guest.write(0, NOISE)
-            await is_shipped(cache)
+            cache, guest = await with_all_shipped(world)
             ended = []
 
             async def forsaken() -> None:
@@ -266,10 +262,7 @@ def test_guest_that_came_again_is_served_after_what_it_left(tmp_path: Path) -> N
 def test_restarts_while_the_store_is_away_lose_no_connection(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with rig(tmp_path) as world:
-            cache = await world.cache("a")
-            guest = await cache.guest()
-            await guest.write(0, NOISE)
-            await is_shipped(cache)
+            cache, guest = await with_all_shipped(world)
             world.wire.cut()
             for _ in range(3):
                 cache = await restart(world, cache)

@@ -98,3 +98,28 @@ class Guest:
                 if time.perf_counter() > end:
                     raise
                 time.sleep(PAUSE_S)
+
+
+def guests_of(
+    uri: str,
+    export: str,
+    count: int,
+    *,
+    seed: object,
+    share_bytes: int,
+    depth: int,
+    replies_per_death: int = 0,
+) -> list[Guest]:
+    """Side by side on one volume, each on a part of its own."""
+    return [
+        Guest(
+            uri,
+            export,
+            random.Random(f"{seed} {who}"),
+            who=who,
+            share_bytes=share_bytes,
+            depth=depth,
+            replies_per_death=replies_per_death,
+        )
+        for who in range(count)
+    ]

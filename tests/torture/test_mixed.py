@@ -17,7 +17,7 @@ from pathlib import Path
 from torture.amounts import amount, seed_for
 from torture.daemons import MIB, Pair
 from torture.fio import Fio
-from torture.guests import Guest
+from torture.guests import Guest, guests_of
 from torture.proxy import Proxy
 from torture.smalldisk import small_disk
 from torture.trouble import Trouble
@@ -52,19 +52,15 @@ def test_any_mixture_of_troubles_loses_nothing(
 
 def torment(pair: Pair, trouble: Trouble, folder: Path, seed: int, duration_s: int) -> str:
     """Guests at work, trouble, then peace: everything must be there."""
-    share = STAMPED_BYTES // GUESTS
-    guests = [
-        Guest(
-            pair.uri,
-            "stamped",
-            random.Random(f"{seed} {who}"),
-            who=who,
-            share_bytes=share,
-            depth=DEPTH,
-            replies_per_death=1_000,
-        )
-        for who in range(GUESTS)
-    ]
+    guests = guests_of(
+        pair.uri,
+        "stamped",
+        GUESTS,
+        seed=seed,
+        share_bytes=STAMPED_BYTES // GUESTS,
+        depth=DEPTH,
+        replies_per_death=1_000,
+    )
     fio = Fio(pair.uri, "fio", folder, FIO_BYTES, seed)
     try:
         end = time.perf_counter() + duration_s

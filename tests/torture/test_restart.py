@@ -15,7 +15,7 @@ import pytest
 import nbdclient
 from torture.amounts import amount, seed_for
 from torture.daemons import MIB
-from torture.guests import Guest
+from torture.guests import Guest, guests_of
 from torture.managed import Site, site
 
 SIZE_BYTES = 64 * MIB
@@ -26,19 +26,9 @@ STATE, GUEST = "millpond-guests", "millpond-guest-"
 HERE = "tests/torture/test_restart.py"
 
 
-def stampers(made: Site, chance: random.Random) -> list[Guest]:
+def stampers(made: Site, seed: object) -> list[Guest]:
     """Who writes, and verifies what was acknowledged."""
-    return [
-        Guest(
-            made.uri,
-            "disk",
-            random.Random(f"{chance.random()} {who}"),
-            who=who,
-            share_bytes=SHARE_BYTES,
-            depth=DEPTH,
-        )
-        for who in range(GUESTS)
-    ]
+    return guests_of(made.uri, "disk", GUESTS, seed=seed, share_bytes=SHARE_BYTES, depth=DEPTH)
 
 
 def test_guests_keep_their_connections_over_restarts(
@@ -47,7 +37,7 @@ def test_guests_keep_their_connections_over_restarts(
     restarts = amount("RESTARTS", usual=4, prove=30)
     chance = random.Random(seed_for(HERE, 5))
     with site(tmp_path, SIZE_BYTES) as made:
-        guests = stampers(made, chance)
+        guests = stampers(made, chance.random())
         with nbdclient.connect(made.uri, export="disk") as idle:
             last = SIZE_BYTES - 4096
             for number in range(restarts):
@@ -76,7 +66,7 @@ def test_process_that_dies_before_it_reads_from_any_costs_connections_and_nothin
     tmp_path: Path,
 ) -> None:
     with site(tmp_path, SIZE_BYTES) as made:
-        guests = stampers(made, random.Random(seed_for(HERE, 6)))
+        guests = stampers(made, seed_for(HERE, 6))
         for guest in guests:
             guest.wait_for_more(200)
         made.stop()
