@@ -25,6 +25,9 @@ DISKS = ("virtio_pci", "virtio_blk")
 MODULES = (*DISKS, "9pnet_virtio", "9p", "overlay", "crc32c_generic", "ext4", "xfs", "nbd")
 # A hang, not slowness: two busy cores need half a minute for the longest script.
 TIMEOUT_S = 600
+BOOT_TIMEOUT_S = 90  # three seconds, when nothing else runs
+BOOTS = 3
+FIRST_WORD = "GUEST alive"  # bench/demo/prologue.sh
 
 
 @dataclass(frozen=True)
@@ -99,14 +102,8 @@ class Guests:
         drive = f"file={disk},format=raw,if=none,id=disk,cache=unsafe,discard=unmap"
         command += ["-drive", drive, "-device", "virtio-blk-pci,drive=disk"]
         command += devices
-        log.unlink(missing_ok=True)
         try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-            )
-            trouble = done.stderr.strip()
-        except subprocess.TimeoutExpired:
-            trouble = f"no end after {TIMEOUT_S} s"
+            trouble = _boot(command, log)
         finally:
             disk.unlink()
         console = log.read_text(errors="replace") if log.exists() else ""
@@ -114,3 +111,28 @@ class Guests:
             last = "\n".join(console.splitlines()[-60:])
             raise AssertionError(f"the guest failed in {script}: {trouble}\n{last}")
         return Console(console)
+
+
+def _boot(command: list[str], log: Path) -> str:
+    """Run it to its end; what the emulator says of it.
+
+    An emulated kernel with two processors stands, now and then, before its first program begins,
+    with both busy and nothing read from the host: nothing of ours has run, and it is booted again.
+    """
+    for _ in range(BOOTS):
+        log.unlink(missing_ok=True)
+        with subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        ) as process:
+            try:
+                return process.communicate(timeout=BOOT_TIMEOUT_S)[1].strip()
+            except subprocess.TimeoutExpired:
+                if FIRST_WORD not in log.read_text(errors="replace"):
+                    continue
+                try:
+                    return process.communicate(timeout=TIMEOUT_S - BOOT_TIMEOUT_S)[1].strip()
+                except subprocess.TimeoutExpired:
+                    return f"no end after {TIMEOUT_S} s"
+            finally:
+                process.kill()
+    return f"its kernel did not come to its first program, {BOOTS} times"
